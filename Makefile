@@ -1,0 +1,50 @@
+# Everything runs in .venv, which the first target that needs it makes.
+#   make PYTHON=python3.13 ...    another interpreter (3.11 or newer)
+#   make TORCH_ARGS=... ...       more arguments for `pip install torch`, such as an index of CPU-only wheels
+
+PYTHON ?= python3
+TORCH_ARGS ?=
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALLED := .venv/.installed
+ORACLE := MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(PIP) install -q -c constraints.txt --no-deps --no-build-isolation
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint venv clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+demo: $(INSTALLED) ## quantize, evaluate and run the bundled mamba1-nano
+	$(BIN)/python -m quamba.demo
+
+test: $(INSTALLED) ## the fast tests
+	$(BIN)/python -m pytest
+
+test-slow: $(INSTALLED) ## the slow tests
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+lint: $(INSTALLED) ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+venv: $(INSTALLED) ## make or refresh .venv
+
+clean: ## remove caches and build leftovers, but not .venv
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
+	find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+# torch comes first and pinned, so that no dependency can pull another version.
+# Editable: what runs is the checkout, so an edit needs no reinstall; only a change of the files below does.
+# mamba-ssm is a test oracle: its build wants torch and what is installed beside it, and may fail.
+$(INSTALLED): pyproject.toml constraints.txt $(wildcard kernels/CMakeLists.txt kernels/csrc/*)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "quamba needs Python 3.11 or newer: make PYTHON=python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(PIP) install -c constraints.txt $(TORCH_ARGS) torch==2.13.0
+	$(PIP) install -c constraints.txt -e ".[dev]"
+	@echo "mamba-ssm (optional, compared with by some tests):"
+	@$(PIP) install -q -c constraints.txt einops ninja packaging setuptools wheel && $(ORACLE) mamba-ssm \
+		&& echo "  installed" || echo "  NOT INSTALLED: the tests that compare with it will be skipped"
+	@touch $@

@@ -1,0 +1,217 @@
+"""Kernels for quantized state space models: the contract of every op, and the one place that picks a backend.
+
+Letters: B batch, L tokens, C channels, M rows (B*L), K inputs, N outputs; in scans I is d_inner and N is d_state.
+Layouts: activations are token-major `[..., channels]`; weights `[out, in]` row-major.
+
+Numbers (all backends): integers are symmetric int8. `scale` turns a code into a real (`real = code * scale`); `inv` turns
+a real into a code: `code = rint(clamp(real * inv, -128, 127))`, half to even, always saturating. A scale or inv is float32,
+either a 0-d tensor or a vector over the last axis. An op given `inv` returns int8 codes; without it, a float tensor.
+
+Backends agree in three classes: int32 accumulators and gathers bit for bit; int8 codes rounded from floats at most 1
+apart, in at most 0.1 % of elements; floats within the tolerance named beside the op.
+
+Backends: `reference/` (torch, any device, the definition of right) and `cpu/` (C++, optional). An op that a backend lacks
+falls through to the reference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from quamba_kernels import reference
+
+__all__ = [
+    "backend",
+    "backend_name",
+    "causal_conv1d",
+    "describe",
+    "embedding",
+    "hadamard",
+    "int8_matmul",
+    "linear",
+    "quantize",
+    "quantize_per_token",
+    "rms_norm",
+    "selective_scan",
+    "w8_linear",
+    "w8a8_linear",
+]
+
+BACKENDS = ("auto", "reference", "cpu")
+_forced = "auto"
+
+
+def _cpu_backend() -> ModuleType | None:
+    from quamba_kernels import cpu
+
+    return cpu if cpu.available() else None
+
+
+def _pick(device: torch.device) -> ModuleType:
+    if _forced == "reference" or device.type != "cpu":
+        return reference
+    return _cpu_backend() or reference
+
+
+def _op(name: str, device: torch.device) -> Callable:
+    backend = _pick(device)
+    return getattr(backend if name in backend.__all__ else reference, name)
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run the enclosed calls on one backend: `auto` (by device), `reference` or `cpu`.
+
+    Raises ValueError for an unknown name, RuntimeError when the compiled library is asked for and can't be loaded.
+    """
+    global _forced
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
+    if name == "cpu" and _cpu_backend() is None:
+        from quamba_kernels import cpu
+
+        raise RuntimeError(f"the cpu backend is not available: {cpu.why_not()}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def backend_name(device: torch.device | str = "cpu") -> str:
+    """Name of the backend that ops on `device` run on now: `reference` or `cpu`."""
+    return _pick(torch.device(device)).__name__.rsplit(".", 1)[-1]
+
+
+def describe(device: torch.device | str = "cpu") -> str:
+    """One line for people: which backend runs on `device`, and why not a faster one."""
+    from quamba_kernels import cpu
+
+    device = torch.device(device)
+    if backend_name(device) == "cpu":
+        return f"C++ kernels ({cpu.instruction_set()}, {torch.get_num_threads()} threads)"
+    if device.type == "cpu" and _forced == "auto":
+        return f"torch reference kernels ({cpu.why_not()})"
+    return "torch reference kernels"
+
+
+def quantize(x: Tensor, inv: Tensor) -> Tensor:
+    """Codes of `x [..., C]` for `inv` (0-d or `[C]`): int8 `[..., C]`."""
+    return _op("quantize", x.device)(x, inv)
+
+
+def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Dynamic codes: int8 `[..., C]` and scale float32 `[..., 1]`; `scale = absmax/127`, `inv = 127/max(absmax, 1e-10)`."""
+    return _op("quantize_per_token", x.device)(x)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Float `x [..., K] @ weight[N, K].T + bias`, computed in `weight.dtype` (accumulated in float32)."""
+    return _op("linear", x.device)(x, weight, bias)
+
+
+def int8_matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """Exact int32 accumulators `[M, N]` of int8 codes `x [M, K]` and `weight [N, K]`; any K below 2**31 / 2**14."""
+    return _op("int8_matmul", x.device)(x, weight)
+
+
+def w8a8_linear(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    inv: Tensor | None = None,
+) -> Tensor:
+    """Integer linear: `(float(acc) * weight_scale[n]) * x_scale[m] + bias[n]`, float32, or int8 codes when `inv` is given.
+
+    x int8 `[..., K]`; x_scale float32, 0-d (per tensor) or `[..., 1]` (per token); weight int8 `[N, K]`;
+    weight_scale float32 `[N]`; bias float32 `[N]`; inv 0-d or `[N]`.
+    """
+    return _op("w8a8_linear", x.device)(x, x_scale, weight, weight_scale, bias, inv)
+
+
+def w8_linear(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, inv: Tensor | None = None
+) -> Tensor:
+    """Weight-only linear: float `x [..., K]` times int8 codes, then `* weight_scale[n] + bias[n]`; float32 or codes."""
+    return _op("w8_linear", x.device)(x, weight, weight_scale, bias, inv)
+
+
+def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    """Rows of `weight [V, D]` for `ids`; dtype of the weight."""
+    return _op("embedding", ids.device)(ids, weight)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, inv: Tensor | None = None) -> Tensor:
+    """`x * rsqrt(mean(x^2) + eps) * weight` over the last axis, in float32; returned in `weight.dtype` or as codes."""
+    return _op("rms_norm", x.device)(x, weight, eps, inv)
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    state: Tensor | None = None,
+    mask: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+    inv: Tensor | None = None,
+) -> Tensor:
+    """Depthwise causal convolution over tokens, then SiLU.
+
+    x `[B, L, C]`, float or int8 codes (then x_scale 0-d or `[C]`); weight `[C, K]`, oldest tap first, float or int8
+    (then weight_scale `[C]`); bias float `[C]`. Integer inputs are accumulated exactly and dequantized as
+    `(float(acc) * weight_scale) * x_scale`. state `[B, C, K-1]` in x's dtype, oldest first: read as the tokens before x
+    and overwritten in place with the last K-1 tokens. mask bool `[B, L]`: a False token enters as 0 and leaves as 0.
+    Any split of a sequence over calls gives the same integers. Returns `[B, L, C]` (float32 for integer inputs).
+    """
+    return _op("causal_conv1d", x.device)(
+        x, weight, bias, state=state, mask=mask, x_scale=x_scale, weight_scale=weight_scale, inv=inv
+    )
+
+
+def selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    dt_bias: Tensor,
+    *,
+    state: Tensor | None = None,
+    mask: Tensor | None = None,
+    u_scale: Tensor | None = None,
+    z_scale: Tensor | None = None,
+) -> Tensor:
+    """Mamba1's selective scan with its gate (arXiv 2312.00752, eq. 2a-2b, Algorithm 2), in float32:
+
+        dt_t = softplus(dt_t + dt_bias)                          (identity above 20)
+        h_t  = exp(dt_t * A) * h_{t-1} + dt_t * B_t * u_t        [I, N]
+        y_t  = (sum_n h_t[n] * C_t[n] + D * u_t) * silu(z_t)     [I]
+
+    u, z `[B, L, I]`, float or int8 codes with u_scale / z_scale (0-d or `[I]`); dt `[B, L, I]`; A `[I, N]` (negative);
+    B, C `[B, L, N]`; D, dt_bias `[I]`. state float32 `[B, I, N]`, the start, overwritten in place with the end (zeros
+    and discarded when None). mask bool `[B, L]`: a False token has u = 0 and dt = 0. Returns float32 `[B, L, I]`.
+    Tolerance between backends: 1e-5 relative to the largest output.
+    """
+    return _op("selective_scan", u.device)(
+        u, dt, A, B, C, D, z, dt_bias, state=state, mask=mask, u_scale=u_scale, z_scale=z_scale
+    )
+
+
+def hadamard(x: Tensor, outer: Tensor | None, blocks: int = 1, inv: Tensor | None = None) -> Tensor:
+    """`x Hᵀ` over the last axis, `H = outer ⊗ H_{2^k}` (outer's index is the slow one), divided by sqrt of its order.
+
+    x float `[..., n]`; outer float32 `[m, m]` of +-1, or None for m = 1; `blocks` > 1 means `I_blocks ⊗ H` instead, each
+    block of n / blocks entries normalised by itself. Float32 inside; returned in x's dtype, or as codes when `inv` is given.
+    """
+    return _op("hadamard", x.device)(x, outer, blocks, inv)

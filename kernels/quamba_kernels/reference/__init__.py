@@ -1,0 +1,22 @@
+"""The definition of right: every op in plain torch, on any device. Contracts stand in `quamba_kernels/__init__.py`."""
+
+from quamba_kernels.reference.conv import causal_conv1d
+from quamba_kernels.reference.hadamard import hadamard
+from quamba_kernels.reference.linear import embedding, int8_matmul, linear, w8_linear, w8a8_linear
+from quamba_kernels.reference.norm import rms_norm
+from quamba_kernels.reference.rounding import quantize, quantize_per_token
+from quamba_kernels.reference.scan import selective_scan
+
+__all__ = [
+    "causal_conv1d",
+    "embedding",
+    "hadamard",
+    "int8_matmul",
+    "linear",
+    "quantize",
+    "quantize_per_token",
+    "rms_norm",
+    "selective_scan",
+    "w8_linear",
+    "w8a8_linear",
+]

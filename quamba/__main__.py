@@ -1,0 +1,5 @@
+"""`python -m quamba`."""
+
+from quamba.cli import main
+
+main(prog_name="quamba")

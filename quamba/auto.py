@@ -1,0 +1,62 @@
+"""Makes transformers' Auto classes know quamba's models, without importing transformers before it is needed."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from types import ModuleType
+from typing import Any
+
+_CONFIGS = "transformers.models.auto.configuration_auto"
+_MODELS = "transformers.models.auto.modeling_auto"
+
+
+def register() -> None:
+    """Register what can be registered now: idempotent, and safe while one of the modules is half imported."""
+    configs, models = sys.modules.get(_CONFIGS), sys.modules.get(_MODELS)
+    if configs is not None and hasattr(configs, "AutoConfig"):
+        from quamba.config import QuambaConfig
+
+        configs.AutoConfig.register(QuambaConfig.model_type, QuambaConfig, exist_ok=True)
+        if models is not None and hasattr(models, "AutoModelForCausalLM"):
+            ours = sys.modules.get("quamba.model")
+            if ours is None:
+                import quamba.model as ours
+            if hasattr(ours, "QuambaLMHeadModel"):
+                models.AutoModelForCausalLM.register(QuambaConfig, ours.QuambaLMHeadModel, exist_ok=True)
+
+
+def register_lazily() -> None:
+    """Register at once if transformers' auto modules are loaded, else as soon as they are."""
+    register()
+    if not any(isinstance(finder, _Hook) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Hook())
+
+
+class _Hook(importlib.abc.MetaPathFinder):
+    """Lets the usual machinery find the two auto modules, and registers once their code has run."""
+
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None):
+        if fullname not in (_CONFIGS, _MODELS):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+class _Loader(importlib.abc.Loader):
+    def __init__(self, inner: importlib.abc.Loader):
+        self.inner = inner
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self.inner.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.inner.exec_module(module)
+        register()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)

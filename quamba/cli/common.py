@@ -1,0 +1,81 @@
+"""Options and output that several commands share."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from quamba.errors import QuambaError
+
+
+def model_options(command: Callable) -> Callable:
+    """--device, --dtype, --tokenizer, --backend."""
+    for option in (
+        click.option("--backend", default="auto", show_default=True, help="Kernels: auto, reference or cpu."),
+        click.option("--tokenizer", metavar="T", help="Tokenizer folder or hub id; the model's own by default."),
+        click.option("--dtype", default="auto", show_default=True, help="Of float parts: float32, float16, bfloat16."),
+        click.option("--device", metavar="D", help="cpu, cuda, cuda:1, ...; cpu by default."),
+    ):
+        command = option(command)
+    return command
+
+
+def output_option(command: Callable) -> Callable:
+    """--output FILE, for the results as JSON."""
+    kind = click.Path(dir_okay=False, path_type=Path)
+    return click.option("--output", type=kind, metavar="FILE", help="Also write the results as JSON.")(command)
+
+
+@contextlib.contextmanager
+def running_on(backend: str, device: str | None) -> Iterator[None]:
+    """Choose the backend, and say once on stderr what the command runs on."""
+    import quamba_kernels
+
+    try:
+        context = quamba_kernels.backend(backend)
+        context.__enter__()
+    except (ValueError, RuntimeError) as error:
+        raise QuambaError(str(error)) from error
+    try:
+        click.echo(f"running on {quamba_kernels.describe(device or 'cpu')}", err=True)
+        yield
+    finally:
+        context.__exit__(None, None, None)
+
+
+@contextlib.contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar with time left on stderr, driven by calls of (done, total, text)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total, text: bar.update(task, completed=done, total=total, description=text)
+
+
+def write_json(path: Path | None, results: dict[str, Any]) -> None:
+    """Write results where --output says; nothing without it."""
+    if path is None:
+        return
+    try:
+        path.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise QuambaError(f"can't write {path}: {error.strerror}") from error
+
+
+def megabytes(nbytes: float) -> str:
+    return f"{nbytes / 1e6:,.1f} MB"

@@ -1,0 +1,108 @@
+"""quamba quantize"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+from quamba.cli.common import megabytes, model_options, output_option, progress_bar, running_on, write_json
+from quamba.errors import QuambaError
+
+
+@click.command("quantize")
+@click.argument("model")
+@click.option("--w8a8", "preset", flag_value="w8a8", help="int8 weights and activations.")
+@click.option("--w4a8", "preset", flag_value="w4a8", help="int4 weights, int8 activations.")
+@click.option("--w4a16", "preset", flag_value="w4a16", help="int4 weights, float activations.")
+@click.option("--recipe", metavar="FILE.yaml", help="A recipe of your own, or the name of one in configs/.")
+@click.option("-o", "--out", metavar="DIR", help="Where to; <model>-<recipe> in the current folder by default.")
+@click.option("--overwrite", is_flag=True, help="Replace DIR if it exists.")
+@click.option(
+    "--calibration", default="bundled", show_default=True, metavar="bundled|FILE|hf:NAME", help="Text for the scales."
+)
+@click.option("--samples", type=click.IntRange(min=1), help="Windows of text; by default the recipe's.")
+@click.option("--seq-len", type=click.IntRange(min=2), help="Tokens a window; by default the recipe's.")
+@click.option("--seed", default=0, show_default=True, help="Chooses the windows.")
+@model_options
+@output_option
+def quantize_command(
+    model: str,
+    preset: str | None,
+    recipe: str | None,
+    out: str | None,
+    overwrite: bool,
+    calibration: str,
+    samples: int | None,
+    seq_len: int | None,
+    seed: int,
+    device: str | None,
+    dtype: str,
+    tokenizer: str | None,
+    backend: str,
+    output: Path | None,
+) -> None:
+    """Quantize MODEL into a new folder that loads like any other model.
+
+    \b
+    quamba quantize mamba1-nano --w8a8
+    quamba quantize path/to/mamba -o smaller --recipe my.yaml --calibration my.txt
+
+    Exactly one of --w8a8, --w4a8, --w4a16, --recipe. An interrupted run resumes when you type the same command again.
+    """
+    if (preset is None) == (recipe is None):
+        raise click.UsageError("say how: exactly one of --w8a8, --w4a8, --w4a16, --recipe FILE.yaml")
+    from quamba.formats import open_checkpoint
+    from quamba.quantizer import quantize
+    from quamba.recipe import Recipe
+
+    started = time.monotonic()
+    checkpoint = open_checkpoint(model)
+    resolved = Recipe.find(preset or recipe or "", family=checkpoint.config.blocks[0]["mixer"])
+    folder = Path(out or f"{checkpoint.location.name}-{resolved.name}")
+    if folder.exists() and not overwrite:
+        raise QuambaError(f"{folder} exists: choose another folder (-o) or replace it with --overwrite")
+    with running_on(backend, device), progress_bar("quantizing") as progress:
+        quantize(
+            model,
+            resolved,
+            out=folder,
+            calibration=calibration,
+            samples=samples,
+            seq_len=seq_len,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            tokenizer=tokenizer,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    results = {
+        "out": str(folder),
+        "recipe": resolved.name,
+        "source_bytes": checkpoint.files.nbytes,
+        "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        "seconds": round(time.monotonic() - started, 2),
+        "peak_memory_bytes": peak_memory(),
+    }
+    _report(checkpoint.location.name, results)
+    write_json(output, results)
+
+
+def peak_memory() -> int:
+    """Most memory this process has held so far, in bytes."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _report(name: str, results: dict) -> None:
+    before, after, folder = results["source_bytes"], results["bytes"], results["out"]
+    click.echo(f"{name} -> {folder}  ({results['recipe']})")
+    click.echo(f"  size         {megabytes(before)} -> {megabytes(after)}  ({before / after:.2f}x smaller)")
+    click.echo(f"  time         {results['seconds']:.1f} s")
+    click.echo(f"  peak memory  {megabytes(results['peak_memory_bytes'])}")
+    click.echo("next:")
+    click.echo(f"  quamba eval {folder} --task lambada_openai --data bundled")
+    click.echo(f'  quamba generate {folder} --prompt "Once upon a time"')

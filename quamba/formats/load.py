@@ -1,0 +1,122 @@
+"""From files to a model and back."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quamba.errors import CheckpointError, QuambaError
+from quamba.formats.artifact import ArtifactWriter, block_shard
+from quamba.formats.checkpoint import Checkpoint, open_checkpoint
+
+_HUB_KEYS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+# What transformers' Auto classes and pipelines pass along and this loader has no use for.
+_IGNORED = ("config", "low_cpu_mem_usage", "use_safetensors", "trust_remote_code", "attn_implementation", "adapter_kwargs")
+
+
+def load_model(model: str, *, dtype: Any = "auto", device: Any = None, device_map: Any = None, **kwargs: Any):
+    """See `QuambaLMHeadModel.from_pretrained`. Tensors stay memory-mapped where dtype and device allow."""
+    dtype = kwargs.pop("torch_dtype", dtype)
+    hub = {key: kwargs.pop(key) for key in _HUB_KEYS if key in kwargs}
+    kwargs = {k: v for k, v in kwargs.items() if v is not None and k not in _IGNORED and not k.startswith("_")}
+    if kwargs:
+        raise TypeError(f"from_pretrained doesn't know {', '.join(sorted(kwargs))}")
+    return build(open_checkpoint(model, **hub), _dtype(dtype), _device(device, device_map))
+
+
+def build(checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: torch.device | None = None):
+    """The model of an open checkpoint; dtype of the float parts None: as stored."""
+    from quamba.model import QuambaLMHeadModel
+
+    config = checkpoint.config
+    with torch.device("meta"):
+        model = QuambaLMHeadModel(config)
+    model.to(dtype or config.dtype)
+    wanted = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    tensors = {name: _as(tensor, wanted[name]) for name, tensor in checkpoint.read(checkpoint.names).items()}
+    if config.tie_word_embeddings:
+        tensors["lm_head.weight"] = tensors["backbone.embedding.weight"]
+    model.load_state_dict(tensors, strict=True, assign=True)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.backbone.embedding.weight
+    config.dtype = dtype or config.dtype
+    _generation_config(model, checkpoint.folder)
+    model.name_or_path = checkpoint.location.name
+    model.eval()
+    return model if device is None else model.to(device)
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _generation_config(model: nn.Module, folder: Path) -> None:
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"can't read {folder / 'generation_config.json'}: {error}") from error
+
+
+def _dtype(dtype: Any) -> torch.dtype | None:
+    if dtype is None or dtype == "auto":
+        return None
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype.removeprefix("torch."), dtype)
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise QuambaError(f"dtype can't be {dtype}: choose float32, float16, bfloat16 or auto")
+    return dtype
+
+
+def _device(device: Any, device_map: Any) -> torch.device | None:
+    if isinstance(device_map, dict):
+        if set(device_map) != {""}:
+            raise QuambaError("a model is loaded onto one device: device_map can't split it")
+        device_map = device_map[""]
+    choice = device if device is not None else device_map
+    if choice == "auto":
+        choice = "cuda" if torch.cuda.is_available() else "cpu"
+    if choice is None:
+        return None
+    try:
+        found = torch.device(choice)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise QuambaError(f"device {choice!r} can't be used here: {str(error).splitlines()[0]}") from error
+    return found
+
+
+def save_model(model, folder: str | os.PathLike, **kwargs: Any) -> None:
+    """See `QuambaLMHeadModel.save_pretrained`. config.json goes first and comes last: nothing half-written loads."""
+    if kwargs.pop("push_to_hub", False):
+        raise QuambaError("save first, then model.push_to_hub(repo_id)")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").unlink(missing_ok=True)
+    config = type(model.config).from_dict(model.config.to_dict())
+    config.dtype = model.backbone.embedding.weight.dtype
+    writer = ArtifactWriter(folder, config)
+    state = model.state_dict()
+    if config.tie_word_embeddings:
+        state.pop("lm_head.weight")
+    shards: dict[str, dict[str, Tensor]] = {shard: {} for shard in writer.shards()}
+    for name, tensor in state.items():
+        shards[shard_of(name)][name] = tensor
+    for shard, tensors in shards.items():
+        writer.write(shard, tensors)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    writer.finish()
+
+
+def shard_of(name: str) -> str:
+    """Which shard a tensor belongs to."""
+    if name.startswith("backbone.layers."):
+        return block_shard(int(name.split(".")[2]))
+    return "embedding.safetensors" if name.startswith("backbone.embedding.") else "head.safetensors"

@@ -1,0 +1,55 @@
+"""A model's tokenizer: from its folder, or the one its family was trained with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from quamba.errors import CheckpointError, DataError
+from quamba.formats.locate import TOKENIZER_FILES, locate
+
+# state-spaces' repositories carry no tokenizer; their model cards name this one.
+STATE_SPACES_TOKENIZER = "EleutherAI/gpt-neox-20b"
+
+
+def load_tokenizer(model: str, tokenizer: str | None = None, **hub: str | bool | None) -> Any:
+    """The tokenizer of MODEL (or the one named by `tokenizer`), padding on the left. Raises DataError."""
+    location = locate(model, **hub)
+    folder = location.path
+    if tokenizer is None and not _has_tokenizer(folder):
+        if not (location.repo or "").startswith("state-spaces/"):
+            raise DataError(f"{folder} has no tokenizer (tokenizer.json); name one with --tokenizer FOLDER_OR_HUB_ID")
+        tokenizer = STATE_SPACES_TOKENIZER
+    if tokenizer is not None:
+        try:
+            folder = locate(tokenizer, allow=TOKENIZER_FILES, **hub).path
+        except CheckpointError as error:
+            raise DataError(f"no tokenizer for {model}: {error}") from error
+        if not _has_tokenizer(folder):
+            raise DataError(f"{folder} holds no tokenizer (tokenizer.json)")
+    return _read(folder)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+
+def _read(folder: Path) -> Any:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        if (folder / "tokenizer_config.json").is_file():
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        else:
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
+        raise DataError(f"the tokenizer in {folder} can't be read: {str(error).splitlines()[0]}") from error
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def copy_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write the tokenizer's files into an artifact."""
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,19 @@
+"""Mixers: the sequence-mixing layers. One file a family, written once for float and every precision.
+
+A mixer class gives
+
+* `Args`: a dataclass of its shape, named as transformers names it; `hidden_size` is passed beside it;
+* `site_widths(args, hidden_size)`: channels at each of its sites;
+* `groups`: its quantized linears in the order they are quantized, each with the site it reads;
+* `state_shapes(args)`: the shapes (without batch) of its `conv` and `recurrent` state;
+* `forward(x, sites, state, mask)`: one for prefill, a chunk and one decoded token, L = many, some, one;
+* `fold_norm(weight)` and `rotate(...)`: function-preserving transforms of its own float weights.
+
+A new family is one file here, one mapping in `formats/`, one test file, and one row below.
+"""
+
+from quamba.mixers.mamba1 import Mamba1
+
+MIXERS = {"mamba1": Mamba1}
+
+__all__ = ["MIXERS", "Mamba1"]

@@ -1,0 +1,213 @@
+"""The language model: embedding, blocks, final norm, head. Written once, for every family and precision."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from quamba.config import QuambaConfig
+from quamba.errors import QuambaError
+from quamba.layers import Embedding, Linear, RMSNorm, Sites
+from quamba.mixers import MIXERS
+from quamba.plan import BlockPlan, Plan
+from quamba.schema import read_dataclass
+from quamba.state import LayerState, QuambaState, StateSpec
+
+
+class Block(nn.Module):
+    """Norm, mixer, residual. `scales` holds the static scales of all its sites. Floats in, floats out."""
+
+    def __init__(self, config: QuambaConfig, index: int, plan: BlockPlan):
+        super().__init__()
+        entry = config.blocks[index]
+        if entry.get("mixer") not in MIXERS or entry.get("mlp") is not None:
+            raise QuambaError(
+                f"block {index} asks for mixer {entry.get('mixer')!r} with mlp {entry.get('mlp')!r}; "
+                f"this version has {', '.join(MIXERS)} without mlp"
+            )
+        mixer = MIXERS[entry["mixer"]]
+        args = read_dataclass(mixer.Args, entry["args"], f"blocks[{index}].args")
+        self.plan = plan
+        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mixer = mixer(args, config.hidden_size, plan)
+        self.scales = Sites(mixer.site_widths(args, config.hidden_size), plan.sites)
+        self.state_shapes = mixer.state_shapes(args)
+
+    def forward(self, residual: Tensor, state: LayerState | None = None, mask: Tensor | None = None) -> Tensor:
+        """residual `[B, L, D]` to the next residual, same shape and dtype."""
+        y = self.mixer(self.norm(residual, self.scales("mixer_in")), self.scales, state, mask)
+        return residual + y.to(residual.dtype)
+
+    def state_spec(self) -> StateSpec:
+        integer = self.scales.specs["conv_in"].scale == "static"
+        conv_dtype = torch.int8 if integer else self.mixer.in_proj.weight.dtype
+        if not conv_dtype.is_floating_point and not integer:
+            conv_dtype = torch.float32
+        return StateSpec(self.state_shapes["conv"], conv_dtype, self.state_shapes["recurrent"])
+
+
+class Backbone(nn.Module):
+    """Embedding, blocks and final norm; `scales` holds the model's own site, head_in."""
+
+    def __init__(self, config: QuambaConfig, plan: Plan):
+        super().__init__()
+        self.embedding = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([Block(config, i, plan.blocks[i]) for i in range(config.num_hidden_layers)])
+        self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.scales = Sites({"head_in": config.hidden_size}, {"head_in": plan.final_norm})
+
+
+class QuambaLMHeadModel(PreTrainedModel, GenerationMixin):
+    """Causal language model; the float model is the same class with float components. For inference: no gradients.
+
+    Load with `from_pretrained(name, folder or hub id)`: our artifacts and the layouts listed in docs/formats.md.
+    """
+
+    config_class = QuambaConfig
+    base_model_prefix = "backbone"
+    _tied_weights_keys = {"lm_head.weight": "backbone.embedding.weight"}  # noqa: RUF012
+    _no_split_modules = ["Block"]  # noqa: RUF012
+    _is_stateful = True  # assisted decoding would have to crop the state
+
+    def __init__(self, config: QuambaConfig):
+        super().__init__(config)
+        plan = config.plan
+        if len(plan.blocks) != config.num_hidden_layers:
+            raise QuambaError(f"the plan has {len(plan.blocks)} blocks, the architecture {config.num_hidden_layers}")
+        self.backbone = Backbone(config, plan)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, spec=plan.lm_head)
+        self.residual_dtype = torch.float32 if config.residual_in_fp32 else None
+        self.post_init()
+        self.requires_grad_(False)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        reset = getattr(module, "reset_parameters", None)
+        if reset is not None and not module.__module__.startswith("torch."):
+            reset()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.embedding = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any):
+        """Load a model: a bundled name, a folder (artifact, mamba-ssm or transformers layout), a hub id or short name.
+
+        dtype: "auto" (as stored, the default) or a torch dtype for the float parts; device or device_map: where to;
+        revision, token, cache_dir, local_files_only: passed to the hub. Raises QuambaError.
+        """
+        from quamba.formats import load_model
+
+        return load_model(str(pretrained_model_name_or_path), **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Write an artifact: safetensors shards, index, config. Replaces the files of an earlier one."""
+        from quamba.formats import save_model
+
+        save_model(self, save_directory, **kwargs)
+
+    def new_state(self) -> QuambaState:
+        """A state to pass as `past_key_values`; the first forward allocates it."""
+        return QuambaState([block.state_spec() for block in self.backbone.layers])
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args: Any, **kwargs: Any) -> None:
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = self.new_state()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: QuambaState | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple:
+        """input_ids int64 `[B, L]` (or inputs_embeds `[B, L, D]`) to logits `[B, L, V]` in the head's dtype.
+
+        attention_mask `[B, L or longer]`, 1 for real tokens: without a state one run of ones a row, with a state zeros
+        only in front of a row's first real token. past_key_values: a state, continued and updated in place; `use_cache`
+        alone makes a new one. logits_to_keep: only the last so many positions (0: all), or an index of positions.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        x = self.backbone.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        state = past_key_values
+        if state is None and use_cache:
+            state = self.new_state()
+        if state is not None:
+            state.allocate(x.shape[0], x.device)
+        mask = token_mask(attention_mask, x.shape[1], state)
+
+        x = x if self.residual_dtype is None else x.to(self.residual_dtype)
+        hidden = [x] if output_hidden_states else None
+        for i, block in enumerate(self.backbone.layers):
+            x = block(x, None if state is None else state.layers[i], mask)
+            if hidden is not None:
+                hidden.append(x)
+        if state is not None:
+            state.advance(x.shape[1], mask)
+
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
+        x = x[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else kept]
+        logits = self.lm_head(self.backbone.norm_f(x, self.backbone.scales("head_in")))
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten().to(logits.device))
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=state,  # type: ignore[arg-type]
+            hidden_states=None if hidden is None else tuple(hidden),
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+
+def token_mask(attention_mask: Tensor | None, length: int, state: QuambaState | None) -> Tensor | None:
+    """The last `length` columns of a mask as bool `[B, L]`; None if all tokens are real. ValueError if they can't be so.
+
+    Zeros in front of a row's first real token leave the state as it was. A zero after one would have to be skipped by
+    the recurrence, which only a row without a state survives (nothing reads what comes after the last real token).
+    """
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim != 2 or attention_mask.shape[1] < length:
+        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; need [batch, {length} or more]")
+    mask = attention_mask[:, -length:].bool()
+    if bool(mask.all()):
+        return None
+    starts = mask[:, 1:] & ~mask[:, :-1]
+    runs = starts.sum(dim=1) + mask[:, 0]
+    if state is None:
+        if bool((runs > 1).any()):
+            raise ValueError("attention_mask has zeros between real tokens: a recurrent model can't skip them")
+        return mask
+    assert state.seen is not None
+    stops = (mask[:, :-1] & ~mask[:, 1:]).any(dim=1) | ((state.seen > 0) & ~mask.all(dim=1))
+    if bool(stops.any()):
+        raise ValueError(
+            "attention_mask has zeros after a real token, and the state would take them in: "
+            "pad on the left (tokenizer.padding_side = 'left')"
+        )
+    return mask
+
+
+from quamba.auto import register  # noqa: E402
+
+register()

@@ -1,0 +1,122 @@
+"""The plan: a recipe resolved for one model, component by component. It is what an artifact saves, and it is law.
+
+Names, shapes and dtypes of an artifact's tensors follow from the plan alone. A component that the plan doesn't list is
+float; the three vocabulary components (embedding, final norm, head) always stand in it with entries of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from quamba.errors import QuambaError, RecipeError
+from quamba.schema import choice, read_dataclass
+
+FORMAT_VERSION = 1
+QUANT_METHOD = "quamba"
+
+SITES = ("mixer_in", "conv_in", "x", "B", "C", "dt", "z", "x_proj_out", "out_proj_in", "state", "head_in")
+"""The one vocabulary of places where an activation may be quantized. `head_in` belongs to the model, the rest to a block."""
+
+
+@dataclass(frozen=True)
+class SiteSpec:
+    """How one activation is represented. `bits` 8 or 16 (float); `scale` static, token (dynamic) or none (float);
+    `axis` of a static scale: tensor (one number) or channel (one per channel)."""
+
+    bits: int = 16
+    scale: str = "none"
+    axis: str = "tensor"
+
+    def __post_init__(self) -> None:
+        choice("bits", self.bits, (8, 16))
+        choice("scale", self.scale, ("static", "token", "none"))
+        choice("axis", self.axis, ("tensor", "channel"))
+        if (self.bits == 16) != (self.scale == "none"):
+            raise RecipeError(f"bits: {self.bits} contradicts scale: {self.scale}: 16 bits go with none, 8 with the others")
+
+    @property
+    def is_float(self) -> bool:
+        return self.bits == 16
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """How one weight is stored: `bits` 8 (int8 with one float32 scale an output channel) or 16 (float)."""
+
+    bits: int = 16
+
+    def __post_init__(self) -> None:
+        choice("bits", self.bits, (8, 16))
+
+    @property
+    def is_float(self) -> bool:
+        return self.bits == 16
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """An online Hadamard rotation of width n = m * 2^k: `matrix` sylvester (m = 1), a Paley name, or identity."""
+
+    n: int
+    m: int = 1
+    matrix: str = "sylvester"
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    sites: dict[str, SiteSpec] = field(default_factory=dict)
+    weights: dict[str, WeightSpec] = field(default_factory=dict)
+    rotations: dict[str, Rotation] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in self.sites:
+            choice("site", name, SITES)
+
+    def site(self, name: str) -> SiteSpec:
+        return self.sites.get(name, SiteSpec())
+
+    def weight(self, name: str) -> WeightSpec:
+        return self.weights.get(name, WeightSpec())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`quantization_config` of an artifact. `recipe` and `provenance` tell where it came from and decide nothing."""
+
+    blocks: tuple[BlockPlan, ...]
+    embedding: WeightSpec = WeightSpec()
+    final_norm: SiteSpec = SiteSpec()
+    lm_head: WeightSpec = WeightSpec()
+    recipe: str = ""
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def floating(cls, layers: int) -> Plan:
+        return cls(blocks=(BlockPlan(),) * layers)
+
+    @property
+    def is_float(self) -> bool:
+        specs = [self.embedding, self.final_norm, self.lm_head]
+        for block in self.blocks:
+            specs += [*block.sites.values(), *block.weights.values()]
+        return all(s.is_float for s in specs) and not any(b.rotations for b in self.blocks)
+
+    def to_dict(self) -> dict[str, Any]:
+        head = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}
+        return head | dataclasses.asdict(dataclasses.replace(self, blocks=list(self.blocks)))  # type: ignore[arg-type]
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Plan:
+        """Raises QuambaError for another method, a newer format, unknown keys or illegal values."""
+        data = dict(data)
+        method, version = data.pop("quant_method", None), data.pop("format_version", None)
+        if method != QUANT_METHOD:
+            raise QuambaError(f"quantization_config has quant_method {method!r}; expected {QUANT_METHOD!r}")
+        if version != FORMAT_VERSION:
+            raise QuambaError(
+                f"the artifact has format version {version!r}, this quamba reads {FORMAT_VERSION}: "
+                "upgrade quamba, or quantize the model again"
+            )
+        return read_dataclass(cls, data, "quantization_config")

@@ -1,0 +1,90 @@
+"""Quantizing a model: `quantize` is the one verb."""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from quamba.errors import DataError
+from quamba.quantizer.calibration import CalibrationSet, calibration_set, given_ids
+from quamba.quantizer.pipeline import Progress, run_pipeline
+from quamba.recipe import Recipe
+
+if TYPE_CHECKING:
+    from quamba.model import QuambaLMHeadModel
+
+__all__ = ["CalibrationSet", "Progress", "calibration_set", "quantize", "run_pipeline"]
+
+
+def quantize(
+    model: Any,
+    recipe: str | Recipe = "w8a8",
+    *,
+    out: str | Path | None = None,
+    calibration: str | Tensor = "bundled",
+    samples: int | None = None,
+    seq_len: int | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> QuambaLMHeadModel:
+    """Quantize a model and return it, loaded from the artifact it was written to.
+
+    model: a bundled name, folder, hub id or short name; or a live float model (ours or transformers' Mamba).
+    recipe: a preset (`w8a8`), a recipe's name or YAML file, or a `Recipe`. out: the artifact's folder; None: a temporary
+    one, deleted with the model. calibration: `bundled`, a text file, `hf:NAME`, or token ids `[samples, seq_len]`.
+    samples, seq_len: default from the recipe. dtype: of the float parts; "auto" keeps the source's.
+    tokenizer: a tokenizer object, folder or hub id, where the model has none of its own.
+
+    Raises QuambaError. The same call resumes a run that was interrupted. The same inputs on the same machine, with the
+    same versions and number of threads, give identical files.
+    """
+    from quamba.formats import checkpoint_of, load_model, load_tokenizer, open_checkpoint
+    from quamba.formats.load import _device, _dtype
+
+    checkpoint = open_checkpoint(str(model)) if isinstance(model, str | Path) else checkpoint_of(model)
+    if isinstance(recipe, str):
+        recipe = Recipe.find(recipe, family=checkpoint.config.blocks[0]["mixer"])  # type: ignore[index]
+    recipe.resolve(checkpoint.config)
+    if isinstance(tokenizer, str) or (tokenizer is None and isinstance(model, str | Path)):
+        tokenizer = load_tokenizer(str(model), tokenizer)
+    if isinstance(calibration, Tensor):
+        chosen = given_ids(calibration, checkpoint.config.vocab_size, seed=seed)
+    elif tokenizer is None:
+        raise DataError("a live model needs tokenizer=..., or calibration= as token ids")
+    else:
+        chosen = calibration_set(
+            calibration,
+            tokenizer,
+            checkpoint.config.vocab_size,
+            samples=samples or recipe.calibration.samples,
+            seq_len=seq_len or recipe.calibration.seq_len,
+            seed=seed,
+        )
+    temporary = None
+    if out is None:
+        temporary = tempfile.TemporaryDirectory(prefix="quamba-", ignore_cleanup_errors=True)
+        out = Path(temporary.name) / f"{checkpoint.location.name}-{recipe.name}"
+    run_pipeline(
+        checkpoint,
+        recipe,
+        chosen,
+        Path(out),
+        dtype=_dtype(dtype),
+        device=_device(device, None),
+        overwrite=overwrite,
+        tokenizer=tokenizer,
+        progress=progress,
+    )
+    quantized = load_model(str(Path(out).absolute()), device=device)
+    if temporary is not None:
+        weakref.finalize(quantized, temporary.cleanup)
+    return quantized

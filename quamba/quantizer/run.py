@@ -1,0 +1,123 @@
+"""The folder a quantization works in: locked, resumable, and turned into the artifact by one rename."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from quamba.errors import QuambaError
+from quamba.formats.artifact import write_atomically
+
+
+class RunFolder:
+    """`<out>.partial/` while at work, `<out>` when finished. A context manager holding an exclusive lock.
+
+    `run.json` there says what run it is and how many blocks are done; a folder with it never loads as a model. A run
+    with the same key resumes, any other starts over. Raises QuambaError: `<out>` exists and `overwrite` is off, another
+    process holds the lock, the place can't be written.
+    """
+
+    def __init__(self, out: Path, overwrite: bool = False):
+        self.out, self.overwrite = out, overwrite
+        self.path = out.with_name(out.name + ".partial")
+        self.old = out.with_name(out.name + ".old")
+        self._lock: int | None = None
+
+    def __enter__(self) -> RunFolder:
+        self.check()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise QuambaError(f"can't write to {self.path}: {error.strerror}") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(self._lock).st_ino != self.path.stat().st_ino:
+                raise BlockingIOError
+        except OSError as error:
+            os.close(self._lock)
+            raise QuambaError(f"another process is quantizing into {self.out} right now") from error
+        self._repair()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise QuambaError(
+                f"no space left on the device of {self.path}: free some and run the same command again, "
+                "it resumes after the last finished block"
+            ) from error
+
+    def check(self) -> None:
+        """Refuse an output that exists, before any work."""
+        if self.out.exists() and not self.overwrite:
+            raise QuambaError(f"{self.out} exists: choose another folder (-o) or replace it with --overwrite")
+        if self.out.exists() and not self.out.is_dir():
+            raise QuambaError(f"{self.out} is a file")
+        parent = next(p for p in self.path.absolute().parents if p.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise QuambaError(f"can't write to {parent}: choose another folder with -o")
+
+    def _repair(self) -> None:
+        """An earlier run was killed between moving the old artifact away and moving the new one in."""
+        if self.old.exists():
+            if self.out.exists():
+                shutil.rmtree(self.old)
+            else:
+                self.old.rename(self.out)
+                self.check()
+
+    def need(self, nbytes: int) -> None:
+        """QuambaError if the device has less space left than `nbytes`."""
+        free = shutil.disk_usage(self.path).free
+        if free < nbytes:
+            raise QuambaError(
+                f"{self.path.parent} has {free / 1e6:.0f} MB left and this run needs about {nbytes / 1e6:.0f} MB: "
+                "choose another folder with -o, or fewer --samples"
+            )
+
+    def resume(self, key: dict[str, Any]) -> int:
+        """Number of blocks that an interrupted run with this very key has finished, or -1 after clearing the folder."""
+        try:
+            state = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+            if state["key"] == key:
+                return int(state["done"])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        for entry in self.path.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        return -1
+
+    def mark(self, key: dict[str, Any], done: int) -> None:
+        """Record that the shards and the stream up to block `done` are on disk."""
+        write_atomically(self.path / "run.json", json.dumps({"key": key, "done": done}).encode())
+
+    def finish(self) -> None:
+        """Make the folder the artifact: drop what only the run needed, sync, swap."""
+        for entry in self.path.iterdir():
+            if entry.name.startswith("stream-") or entry.suffix == ".tmp":
+                entry.unlink()
+        (self.path / "run.json").unlink()
+        assert self._lock is not None
+        os.fsync(self._lock)
+        if self.out.exists():
+            self.out.rename(self.old)
+        self.path.rename(self.out)
+        _sync(self.out.parent)
+        if self.old.exists():
+            shutil.rmtree(self.old)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
