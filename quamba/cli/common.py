@@ -77,5 +77,6 @@ def write_json(path: Path | None, results: dict[str, Any]) -> None:
         raise QuambaError(f"can't write {path}: {error.strerror}") from error
 
 
-def megabytes(nbytes: float) -> str:
-    return f"{nbytes / 1e6:,.1f} MB"
+def size(nbytes: float) -> str:
+    """Bytes for people."""
+    return f"{nbytes / 1e6:,.1f} MB" if nbytes >= 1e5 else f"{nbytes / 1e3:,.1f} kB"

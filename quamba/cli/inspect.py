@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from quamba.cli.common import megabytes, output_option, write_json
+from quamba.cli.common import output_option, size, write_json
 
 
 @click.command("inspect")
@@ -27,6 +27,8 @@ def inspect_command(model: str, output: Path | None) -> None:
 
 def describe(checkpoint: Any) -> dict[str, Any]:
     """Everything the command shows, as plain data. Equal consecutive blocks are one entry."""
+    from quamba.mixers import MIXERS
+
     config, plan = checkpoint.config, checkpoint.config.plan
     sizes: dict[str, int] = {}
     for name, theirs in checkpoint.names.items():
@@ -37,7 +39,7 @@ def describe(checkpoint: Any) -> dict[str, Any]:
         sizes[name] = nbytes
     groups: list[dict[str, Any]] = []
     for i, (block, entry) in enumerate(zip(plan.blocks, config.blocks, strict=True)):
-        components = _components(block, {n: s for n, s in sizes.items() if n.startswith(f"backbone.layers.{i}.")})
+        components = _components(MIXERS[entry["mixer"]], block, {n: s for n, s in sizes.items() if n.startswith(f"backbone.layers.{i}.")})
         group = {"first": i, "last": i, "mixer": entry["mixer"], "components": components}
         if groups and all(groups[-1][key] == group[key] for key in ("mixer", "components")):
             groups[-1]["last"] = i
@@ -66,38 +68,36 @@ def describe(checkpoint: Any) -> dict[str, Any]:
     }
 
 
-def _components(block: Any, sizes: dict[str, int]) -> dict[str, dict[str, Any]]:
-    """Per weight: how it is stored, what it reads, its bytes; then the rest of the block."""
-    from quamba.mixers import Mamba1
-
-    reads = {**dict(Mamba1.groups), "conv1d": "conv_in"}
-    found: dict[str, dict[str, Any]] = {}
-    for weight in Mamba1.weights:
-        spec, site = block.weight(weight), block.site(reads[weight])
-        rotation = block.rotations.get(weight)
-        found[weight] = {
-            "weight": "float" if spec.is_float else f"int{spec.bits}, scale per output channel",
-            "reads": reads[weight],
-            "input": _site(site) + (f", rotated (Hadamard {rotation.n}, {rotation.matrix})" if rotation else ""),
+def _components(mixer: Any, block: Any, sizes: dict[str, int]) -> list[dict[str, Any]]:
+    """Per weight: how it is stored, the site it reads and its precision, its bytes; then the rest of the block."""
+    rows = [
+        {
+            "component": weight,
+            "weight": "float" if block.weight(weight).is_float else f"int{block.weight(weight).bits} per channel",
+            "reads": site,
+            "input": _site(block.site(site)),
+            "rotation": vars(block.rotations[weight]) if weight in block.rotations else None,
             "bytes": sum(size for name, size in sizes.items() if f".mixer.{weight}." in name),
         }
-    found["z (gate)"] = {"weight": "-", "reads": "z", "input": _site(block.site("z")), "bytes": 0}
-    rest = sum(sizes.values()) - sum(entry["bytes"] for entry in found.values())
-    found["A, D, norm, scales"] = {"weight": "float", "reads": "-", "input": "-", "bytes": rest}
-    return found
+        for weight, site in mixer.reads.items()
+    ]
+    rest = sum(sizes.values()) - sum(row["bytes"] for row in rows)
+    others = {name: _site(block.site(name)) for name in mixer.integer_sites if name not in mixer.reads.values()}
+    return [*rows, {"component": "rest", "weight": "float", "sites": others, "bytes": rest}]
 
 
 def _site(spec: Any) -> str:
-    return "float" if spec.is_float else f"int{spec.bits}, {spec.scale} scale per {spec.axis}"
+    return "float" if spec.is_float else f"int{spec.bits} {spec.scale} per {spec.axis}"
 
 
 def _print(results: dict[str, Any]) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     click.echo(
         f"{results['name']}: {results['layers']} blocks, {results['hidden_size']} wide, vocabulary {results['vocab_size']}, "
-        f"{megabytes(results['bytes'])} ({results['layout']} layout, float parts {results['dtype']})"
+        f"{size(results['bytes'])} ({results['layout']} layout, float parts {results['dtype']})"
     )
     if results["recipe"]:
         calibration = results["provenance"].get("calibration", {})
@@ -106,16 +106,24 @@ def _print(results: dict[str, Any]) -> None:
             f"static scales from {calibration.get('samples')} windows of {calibration.get('seq_len')} tokens, "
             f"text {calibration.get('source')}, seed {calibration.get('seed')}"
         )
-    table = Table("component", "weight", "input", "size")
+    table = Table("component", "weight", "input", "size", box=box.SIMPLE_HEAD)
     embedding, head, norm = results["embedding"], results["lm_head"], results["final_norm"]
-    table.add_row("embedding", embedding["precision"], "token ids", megabytes(embedding["bytes"]))
+    table.add_row("embedding", embedding["precision"], "token ids", size(embedding["bytes"]))
     for group in results["blocks"]:
-        name = f"block {group['first']}" + (f" to {group['last']}" if group["last"] > group["first"] else "")
-        table.add_row(f"[bold]{name}[/bold] ({group['mixer']})", "", "", "each")
-        for component, entry in group["components"].items():
-            source = f"{entry['reads']}: {entry['input']}" if entry["reads"] != "-" else "-"
-            table.add_row(f"  {component}", entry["weight"], source, megabytes(entry["bytes"]))
-    table.add_row("final norm", norm["precision"], "residual: float", megabytes(norm["bytes"]))
-    stored = "tied to embedding" if head["tied_to_embedding"] else megabytes(head["bytes"])
-    table.add_row("head", head["precision"], f"head_in: {norm['precision']}", stored)
-    Console().print(table)
+        count = group["last"] - group["first"] + 1
+        name = f"block {group['first']}" + (f" to {group['last']}" if count > 1 else "")
+        total = sum(row["bytes"] for row in group["components"])
+        table.add_row(f"{name} ({group['mixer']})", "", "", f"{count} x {size(total)}" if count > 1 else size(total))
+        for row in group["components"]:
+            if row["component"] == "rest":
+                sites = ", ".join(f"{name} {how}" for name, how in row["sites"].items())
+                table.add_row("  gate, A, D, norm, scales", row["weight"], sites, size(row["bytes"]))
+                continue
+            turned = row["rotation"]
+            note = f", Hadamard {turned['n']} ({turned['matrix']})" if turned else ""
+            table.add_row(f"  {row['component']}", row["weight"], f"{row['reads']} {row['input']}{note}", size(row["bytes"]))
+    table.add_row("final norm", norm["precision"], "residual float", size(norm["bytes"]))
+    stored = "tied to embedding" if head["tied_to_embedding"] else size(head["bytes"])
+    table.add_row("head", head["precision"], f"head_in {norm['precision']}", stored)
+    console = Console()
+    (console if console.is_terminal else Console(width=110)).print(table)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from quamba.cli.common import megabytes, model_options, output_option, progress_bar, running_on, write_json
+from quamba.cli.common import model_options, output_option, progress_bar, running_on, size, write_json
 from quamba.errors import QuambaError
 
 
@@ -100,9 +100,9 @@ def peak_memory() -> int:
 def _report(name: str, results: dict) -> None:
     before, after, folder = results["source_bytes"], results["bytes"], results["out"]
     click.echo(f"{name} -> {folder}  ({results['recipe']})")
-    click.echo(f"  size         {megabytes(before)} -> {megabytes(after)}  ({before / after:.2f}x smaller)")
+    click.echo(f"  size         {size(before)} -> {size(after)}  ({before / after:.2f}x smaller)")
     click.echo(f"  time         {results['seconds']:.1f} s")
-    click.echo(f"  peak memory  {megabytes(results['peak_memory_bytes'])}")
+    click.echo(f"  peak memory  {size(results['peak_memory_bytes'])}")
     click.echo("next:")
     click.echo(f"  quamba eval {folder} --task lambada_openai --data bundled")
     click.echo(f'  quamba generate {folder} --prompt "Once upon a time"')

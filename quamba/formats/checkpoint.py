@@ -69,7 +69,7 @@ def checkpoint_of(model: Any) -> Checkpoint:
     """A live float model (ours, or transformers' MambaForCausalLM) as a checkpoint. Raises CheckpointError."""
     name = getattr(model, "name_or_path", "") or type(model).__name__
     location = Location(Path(), Path(name).name)
-    data = model.config.to_dict()
+    data = model.config.to_dict() | {"dtype": str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")}
     return _identify(location, data, f"the configuration of {type(model).__name__}", lambda: LiveTensors(model.state_dict()))
 
 

@@ -4,10 +4,12 @@ A mixer class gives
 
 * `Args`: a dataclass of its shape, named as transformers names it; `hidden_size` is passed beside it;
 * `site_widths(args, hidden_size)`: channels at each of its sites;
-* `groups`: its quantized linears in the order they are quantized, each with the site it reads;
+* `reads`: its weights in the order they are quantized, each with the site it reads; `integer_sites`: those that may be
+  integer; `check_recipe(sites, weights)`: refuses combinations that have no arithmetic;
 * `state_shapes(args)`: the shapes (without batch) of its `conv` and `recurrent` state;
 * `forward(x, sites, state, mask)`: one for prefill, a chunk and one decoded token, L = many, some, one;
-* `fold_norm(weight)` and `rotate(...)`: function-preserving transforms of its own float weights.
+* `fold_norm(weight)`, `rotate(rotations)`, `fold_scales(scales, plan)`: transforms of its own float weights; the first
+  two preserve its function.
 
 A new family is one file here, one mapping in `formats/`, one test file, and one row below.
 """

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import quamba_kernels as kernels
 import torch
@@ -46,9 +47,14 @@ class Mamba1(PreciseModule):
     Args = Mamba1Args
     precise = ("A_log", "D")
 
-    weights = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
+    reads: ClassVar = {
+        "in_proj": "mixer_in",
+        "conv1d": "conv_in",
+        "x_proj": "x",
+        "dt_proj": "x_proj_out",
+        "out_proj": "out_proj_in",
+    }
     integer_sites = ("mixer_in", "conv_in", "x", "z", "out_proj_in")
-    groups = (("in_proj", "mixer_in"), ("x_proj", "x"), ("dt_proj", "x_proj_out"), ("out_proj", "out_proj_in"))
 
     def __init__(self, args: Mamba1Args, hidden_size: int, plan: BlockPlan):
         super().__init__()
@@ -56,18 +62,18 @@ class Mamba1(PreciseModule):
         inner, states, rank = args.intermediate_size, args.state_size, args.time_step_rank
         self.x_scale_in_weight = _folds_x(plan)
 
-        def linear(name: str, site: str, inputs: int, outputs: int, bias: bool) -> Linear:
-            integer = not plan.site(site).is_float and not plan.weight(name).is_float
+        def linear(name: str, inputs: int, outputs: int, bias: bool) -> Linear:
+            integer = not plan.site(self.reads[name]).is_float
             return Linear(inputs, outputs, bias, plan.weight(name), integer, precise_bias=name == "dt_proj")
 
-        self.in_proj = linear("in_proj", "mixer_in", hidden_size, 2 * inner, args.use_bias)
+        self.in_proj = linear("in_proj", hidden_size, 2 * inner, args.use_bias)
         self.conv1d = CausalConv1d(inner, args.conv_kernel, args.use_conv_bias, plan.weight("conv1d"))
-        self.x_proj = linear("x_proj", "x", inner, rank + 2 * states, False)
-        self.dt_proj = linear("dt_proj", "x_proj_out", rank, inner, True)
+        self.x_proj = linear("x_proj", inner, rank + 2 * states, False)
+        self.dt_proj = linear("dt_proj", rank, inner, True)
         self.A_log = nn.Parameter(torch.empty(inner, states))
         self.D = nn.Parameter(torch.empty(inner))
         self.rotation = Hadamard(plan.rotations.get("out_proj"))
-        self.out_proj = linear("out_proj", "out_proj_in", inner, hidden_size, args.use_bias)
+        self.out_proj = linear("out_proj", inner, hidden_size, args.use_bias)
 
     def reset_parameters(self) -> None:
         """Random weights with the published initial A and dt (S4D-real; dt between 0.001 and 0.1)."""
@@ -106,15 +112,14 @@ class Mamba1(PreciseModule):
     def check_recipe(cls, sites: dict[str, SiteSpec], weights: dict[str, WeightSpec]) -> None:
         """RecipeError where a combination of precisions has no arithmetic in this family."""
         for name in weights:
-            choice("weights", name, cls.weights)
+            choice("weights", name, tuple(cls.reads))
         for name, spec in sites.items():
             choice("sites", name, cls.integer_sites)
             if name in ("mixer_in", "out_proj_in") and spec.axis == "channel":
                 raise RecipeError(f"sites.{name}: the input of an integer linear needs axis: tensor, or scale: token")
             if name in ("conv_in", "x", "z") and spec.scale == "token":
                 raise RecipeError(f"sites.{name}: convolution and scan take static scales only")
-        reads = {"in_proj": "mixer_in", "conv1d": "conv_in", "x_proj": "x", "out_proj": "out_proj_in"}
-        for weight, site in reads.items():
+        for weight, site in cls.reads.items():
             if not sites.get(site, SiteSpec()).is_float and weights.get(weight, WeightSpec()).is_float:
                 raise RecipeError(f"sites.{site} is integer, so weights.{weight} must be, too")
         if weights.get("conv1d", WeightSpec()).bits == 8 and sites.get("conv_in", SiteSpec()).is_float:

@@ -1,0 +1,75 @@
+"""The whole: W8A8 of the bundled, really trained model against its float self."""
+
+import math
+
+import pytest
+import torch
+
+import quamba
+from quamba import QuambaLMHeadModel, bundled
+from quamba.formats import load_tokenizer
+
+# Bars. Perplexity: the project's own, 0.5 % of float. KL: rounding noise that moves perplexity by at most 0.5 % adds at
+# most about 0.005 nats a token; on top of that, unbiased noise may cancel in perplexity but not in KL, so the bound is
+# the same 0.005. Agreement: a top-1 flip needs a top-2 gap within reach of logit noise of sqrt(2 KL) = 0.1; about 4 %
+# of this model's tokens have one (gap density near 0 is 0.4 a nat).
+PERPLEXITY, KL, AGREEMENT = 0.005, 0.005, 0.96
+
+
+@pytest.fixture(scope="module")
+def models():
+    reference = QuambaLMHeadModel.from_pretrained("mamba1-nano", dtype="float32")
+    quantized = quamba.quantize("mamba1-nano", "w8a8", dtype="float32", samples=64)
+    return reference, quantized
+
+
+@pytest.mark.parametrize("name", ["wikitext2_sample", "novels_sample"])
+def test_perplexity_kl_and_agreement(models, name):
+    reference, quantized = models
+    text = bundled.sample(name).read_text(encoding="utf-8")[:60_000]
+    ids = torch.tensor(load_tokenizer("mamba1-nano")(text)["input_ids"])
+    ids = ids[: len(ids) // 512 * 512].view(-1, 512)
+    losses, kl, agree = [0.0, 0.0], 0.0, 0
+    for batch in ids.split(8):
+        p, q = (m(batch).logits.log_softmax(-1)[:, :-1] for m in (reference, quantized))
+        for i, logp in enumerate((p, q)):
+            losses[i] -= float(logp.gather(2, batch[:, 1:, None]).double().sum())
+        kl += float((p.exp() * (p - q)).double().sum())
+        agree += int((p.argmax(-1) == q.argmax(-1)).sum())
+    tokens = ids[:, 1:].numel()
+    assert tokens > 15_000
+    change = math.exp((losses[1] - losses[0]) / tokens) - 1
+    assert abs(change) < PERPLEXITY
+    assert 0 < kl / tokens < KL
+    assert AGREEMENT < agree / tokens < 1
+
+
+def test_hand_off_differs_by_less_than_a_hundredth_of_the_quantization_error(models):
+    """Mean KL between one pass and token-by-token decoding, against the KL between quantized and float."""
+    reference, quantized = models
+    ids = torch.tensor(load_tokenizer("mamba1-nano")(bundled.sample("novels_sample").read_text()[:4000])["input_ids"])
+    ids = ids[:512].view(4, 128)
+    whole = quantized(ids).logits.log_softmax(-1)
+    state = quantized.new_state()
+    steps = [quantized(ids[:, t : t + 1], past_key_values=state).logits for t in range(ids.shape[1])]
+    stepped = torch.cat(steps, 1).log_softmax(-1)
+    exact = reference(ids).logits.log_softmax(-1)
+
+    def kl(p, q):
+        return float((p.exp() * (p - q)).sum(-1).double().mean())
+
+    assert kl(whole, stepped) < 0.01 * kl(exact, whole)
+    gap = whole.topk(2).values
+    sure = (gap[..., 0] - gap[..., 1]) > (whole - stepped).abs().amax(-1)
+    assert torch.equal(whole.argmax(-1)[sure], stepped.argmax(-1)[sure]) and sure.float().mean() > 0.9
+
+
+def test_greedy_text_is_what_the_float_model_would_say(models):
+    reference, quantized = models
+    prompt = "The old man went to the window and"
+    ids = load_tokenizer("mamba1-nano")(prompt, return_tensors="pt")["input_ids"]
+    out = quantized.generate(ids, max_new_tokens=40, do_sample=False)
+    logits = reference(out).logits[0, ids.shape[1] - 1 : -1]
+    chosen = logits.gather(1, out[0, ids.shape[1] :, None])[:, 0]
+    assert ((logits.amax(-1) - chosen) < 0.5).all()  # at each step the float model's best, or nearly so
+    assert len(set(out[0].tolist())) > 15
