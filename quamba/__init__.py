@@ -20,16 +20,23 @@ _HOME = {
     "QuambaError": "quamba.errors",
 }
 
-__all__ = [*_HOME, "__version__"]
+__all__ = [
+    "QuambaConfig",
+    "QuambaError",
+    "QuambaLMHeadModel",
+    "Recipe",
+    "__version__",
+    "backend",
+    "quantize",
+]
 
 if TYPE_CHECKING:
-    from quamba_kernels import backend
-
     from quamba.config import QuambaConfig
     from quamba.errors import QuambaError
     from quamba.model import QuambaLMHeadModel
     from quamba.quantizer import quantize
     from quamba.recipe import Recipe
+    from quamba_kernels import backend
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -21,9 +22,7 @@ def register() -> None:
 
         configs.AutoConfig.register(QuambaConfig.model_type, QuambaConfig, exist_ok=True)
         if models is not None and hasattr(models, "AutoModelForCausalLM"):
-            ours = sys.modules.get("quamba.model")
-            if ours is None:
-                import quamba.model as ours
+            ours = sys.modules.get("quamba.model") or importlib.import_module("quamba.model")
             if hasattr(ours, "QuambaLMHeadModel"):
                 models.AutoModelForCausalLM.register(QuambaConfig, ours.QuambaLMHeadModel, exist_ok=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -22,7 +23,7 @@ class QuambaConfig(PreTrainedConfig):
     vocab_size: int = 50280
     hidden_size: int = 768
     num_hidden_layers: int = 0
-    blocks: list[Any] | None = None
+    blocks: list[Any] = field(default_factory=list)
     layer_norm_epsilon: float = 1e-5
     residual_in_fp32: bool = True
     tie_word_embeddings: bool = True
@@ -32,7 +33,6 @@ class QuambaConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.blocks = [] if self.blocks is None else list(self.blocks)
         if self.num_hidden_layers not in (0, len(self.blocks)):
             raise ValueError(f"num_hidden_layers is {self.num_hidden_layers}, but there are {len(self.blocks)} blocks")
         self.num_hidden_layers = len(self.blocks)

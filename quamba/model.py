@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -45,10 +45,10 @@ class Block(nn.Module):
         return residual + y.to(residual.dtype)
 
     def state_spec(self) -> StateSpec:
-        integer = self.scales.specs["conv_in"].scale == "static"
-        conv_dtype = torch.int8 if integer else self.mixer.in_proj.weight.dtype
-        if not conv_dtype.is_floating_point and not integer:
-            conv_dtype = torch.float32
+        weight = self.mixer.in_proj.weight.dtype
+        conv_dtype = weight if weight.is_floating_point else torch.float32  # what in_proj returns
+        if self.scales.specs["conv_in"].scale == "static":
+            conv_dtype = torch.int8
         return StateSpec(self.state_shapes["conv"], conv_dtype, self.state_shapes["recurrent"])
 
 
@@ -57,7 +57,7 @@ class Backbone(nn.Module):
 
     def __init__(self, config: QuambaConfig, plan: Plan):
         super().__init__()
-        self.embedding = Embedding(config.vocab_size, config.hidden_size)
+        self.embedding: nn.Module = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([Block(config, i, plan.blocks[i]) for i in range(config.num_hidden_layers)])
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.scales = Sites({"head_in": config.hidden_size}, {"head_in": plan.final_norm})
@@ -120,7 +120,7 @@ class QuambaLMHeadModel(PreTrainedModel, GenerationMixin):
 
     def new_state(self) -> QuambaState:
         """A state to pass as `past_key_values`; the first forward allocates it."""
-        return QuambaState([block.state_spec() for block in self.backbone.layers])
+        return QuambaState([cast(Block, block).state_spec() for block in self.backbone.layers])
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args: Any, **kwargs: Any) -> None:
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:

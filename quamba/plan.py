@@ -34,7 +34,9 @@ class SiteSpec:
         choice("scale", self.scale, ("static", "token", "none"))
         choice("axis", self.axis, ("tensor", "channel"))
         if (self.bits == 16) != (self.scale == "none"):
-            raise RecipeError(f"bits: {self.bits} contradicts scale: {self.scale}: 16 bits go with none, 8 with the others")
+            raise RecipeError(
+                f"bits: {self.bits} contradicts scale: {self.scale}: 16 bits go with none, 8 with the others"
+            )
 
     @property
     def is_float(self) -> bool:
@@ -98,7 +100,7 @@ class Plan:
 
     @property
     def is_float(self) -> bool:
-        specs = [self.embedding, self.final_norm, self.lm_head]
+        specs: list[SiteSpec | WeightSpec] = [self.embedding, self.final_norm, self.lm_head]
         for block in self.blocks:
             specs += [*block.sites.values(), *block.weights.values()]
         return all(s.is_float for s in specs) and not any(b.rotations for b in self.blocks)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,9 +42,14 @@ class QTensor:
         return QTensor(self.values, torch.ones((), device=self.values.device), "tensor")
 
 
+def _unflatten(leaves: Iterable[Any], axis: Any) -> QTensor:
+    values, scale = leaves
+    return QTensor(values, scale, axis)
+
+
 pytree.register_pytree_node(
     QTensor,
     lambda q: ([q.values, q.scale], q.axis),
-    lambda leaves, axis: QTensor(*leaves, axis),
+    _unflatten,
     serialized_type_name="quamba.QTensor",
 )

@@ -49,9 +49,8 @@ class Recipe:
         choice("propagate", self.propagate, ("quantized", "float"))
         if self.calibration.samples < 1 or self.calibration.seq_len < 2:
             raise RecipeError("calibration needs at least 1 sample of 2 tokens")
-        vocabulary = {"embedding": self.embedding, "final_norm": self.final_norm, "lm_head": self.lm_head}
-        for name, spec in vocabulary.items():
-            if not spec.is_float:
+        for name in ("embedding", "final_norm", "lm_head"):
+            if not getattr(self, name).is_float:
                 raise RecipeError(f"{name}: this version keeps it in float (bits: 16)")
 
     @classmethod
@@ -94,7 +93,7 @@ class Recipe:
         from quamba.mixers import MIXERS
 
         blocks = []
-        for i, entry in enumerate(config.blocks or []):
+        for i, entry in enumerate(config.blocks):
             if entry["mixer"] != self.family:
                 raise RecipeError(f"recipe {self.name} is for {self.family}, but block {i} is {entry['mixer']}")
             mixer = MIXERS[entry["mixer"]]

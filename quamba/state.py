@@ -79,7 +79,9 @@ class LayerState(LinearAttentionCacheLayerMixin):
         self.has_previous_state[0] = False
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise RuntimeError("a recurrent state can't be cropped: take state.snapshot() before, and state.restore() it after")
+        raise RuntimeError(
+            "a recurrent state can't be cropped: take state.snapshot() before, and state.restore() it after"
+        )
 
     def lazy_initialization(self, *args, **kwargs) -> None:
         raise RuntimeError("the model allocates its state itself: pass past_key_values=model.new_state()")

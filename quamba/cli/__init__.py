@@ -49,7 +49,7 @@ class Commands(click.Group):
         except QuambaError as error:
             raise click.ClickException(str(error)) from error
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+            if error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENAMETOOLONG):
                 raise click.ClickException(f"{error.strerror}: {error.filename or 'writing the output'}") from error
             raise
         except KeyboardInterrupt:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,16 @@ def model_options(command: Callable) -> Callable:
 def output_option(command: Callable) -> Callable:
     """--output FILE, for the results as JSON."""
     kind = click.Path(dir_okay=False, path_type=Path)
-    return click.option("--output", type=kind, metavar="FILE", help="Also write the results as JSON.")(command)
+    text = "Also write the results as JSON."
+    return click.option("--output", type=kind, metavar="FILE", callback=_writable, help=text)(command)
+
+
+def _writable(ctx: click.Context, option: click.Parameter, path: Path | None) -> Path | None:
+    """Refuse a place that can't be written to before the work, not after it."""
+    folder = None if path is None else path.absolute().parent
+    if folder is not None and not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise click.BadParameter(f"can't write to {folder}")
+    return path
 
 
 @contextlib.contextmanager
@@ -36,6 +46,9 @@ def running_on(backend: str, device: str | None) -> Iterator[None]:
     """Choose the backend, and say once on stderr what the command runs on."""
     import quamba_kernels
 
+    from quamba.formats.load import _device
+
+    _device(device, None)
     try:
         context = quamba_kernels.backend(backend)
         context.__enter__()

@@ -64,7 +64,9 @@ def generate_command(
         if ids.numel() == 0:
             raise DataError("the prompt is empty: give --prompt some text")
         if int(ids.max()) >= network.config.vocab_size:
-            raise DataError("the tokenizer is larger than the model's vocabulary: it belongs to another model (--tokenizer)")
+            raise DataError(
+                "the tokenizer is larger than the model's vocabulary: it belongs to another model (--tokenizer)"
+            )
         options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
         options = {key: value for key, value in options.items() if value is not None}
         options["do_sample"] = bool(options)

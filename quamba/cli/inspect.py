@@ -39,7 +39,9 @@ def describe(checkpoint: Any) -> dict[str, Any]:
         sizes[name] = nbytes
     groups: list[dict[str, Any]] = []
     for i, (block, entry) in enumerate(zip(plan.blocks, config.blocks, strict=True)):
-        components = _components(MIXERS[entry["mixer"]], block, {n: s for n, s in sizes.items() if n.startswith(f"backbone.layers.{i}.")})
+        components = _components(
+            MIXERS[entry["mixer"]], block, {n: s for n, s in sizes.items() if n.startswith(f"backbone.layers.{i}.")}
+        )
         group = {"first": i, "last": i, "mixer": entry["mixer"], "components": components}
         if groups and all(groups[-1][key] == group[key] for key in ("mixer", "components")):
             groups[-1]["last"] = i
@@ -121,7 +123,9 @@ def _print(results: dict[str, Any]) -> None:
                 continue
             turned = row["rotation"]
             note = f", Hadamard {turned['n']} ({turned['matrix']})" if turned else ""
-            table.add_row(f"  {row['component']}", row["weight"], f"{row['reads']} {row['input']}{note}", size(row["bytes"]))
+            table.add_row(
+                f"  {row['component']}", row["weight"], f"{row['reads']} {row['input']}{note}", size(row["bytes"])
+            )
     table.add_row("final norm", norm["precision"], "residual float", size(norm["bytes"]))
     stored = "tied to embedding" if head["tied_to_embedding"] else size(head["bytes"])
     table.add_row("head", head["precision"], f"head_in {norm['precision']}", stored)

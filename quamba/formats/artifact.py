@@ -23,7 +23,7 @@ from torch import Tensor
 
 from quamba.config import QuambaConfig
 from quamba.errors import CheckpointError
-from quamba.formats.tensors import TensorFiles
+from quamba.formats.tensors import read_header
 from quamba.plan import FORMAT_VERSION
 
 INDEX = "model.safetensors.index.json"
@@ -72,14 +72,15 @@ def digest(config: QuambaConfig) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def check_digests(config: QuambaConfig, files: TensorFiles) -> None:
+def check_digests(config: QuambaConfig, where: str, shards: dict[str, dict[str, str]]) -> None:
+    """Every shard's metadata against config.json. Raises CheckpointError naming the shard."""
     expected = digest(config)
-    for name, metadata in files.metadata.items():
+    for name, metadata in shards.items():
         if metadata.get("quamba_format_version") != str(FORMAT_VERSION):
-            raise CheckpointError(f"{files.folder / name} has format {metadata.get('quamba_format_version')!r}, not 1")
+            raise CheckpointError(f"{where}/{name} has format {metadata.get('quamba_format_version')!r}, not 1")
         if metadata.get("quamba_digest") != expected:
             raise CheckpointError(
-                f"{files.folder / name} was not written for this config.json (its plan digest differs): "
+                f"{where}/{name} was not written for this config.json (its plan digest differs): "
                 "the files were edited or mixed with another model's; quantize again"
             )
 
@@ -116,14 +117,17 @@ class ArtifactWriter:
         from safetensors.torch import save
 
         data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata=self.metadata)
-        write_atomically(self.folder / shard, data)
+        # The library writes metadata in an order of its own, another one each time; identical runs give identical files.
+        end = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:end])
+        header = {"__metadata__": dict(sorted(header.pop("__metadata__").items()))} | header
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        write_atomically(self.folder / shard, data[:8], text.ljust(end - 8), memoryview(data)[end:])
 
     def finish(self) -> None:
         """Index and config.json, from the shards on disk."""
         names: dict[str, str] = {}
         total = 0
-        from quamba.formats.tensors import read_header
-
         for shard in self.shards():
             entries, _ = read_header(self.folder / shard)
             names |= dict.fromkeys(entries, shard)
@@ -138,12 +142,13 @@ class ArtifactWriter:
         return ["embedding.safetensors", *blocks, "head.safetensors"]
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, *pieces: bytes | memoryview) -> None:
     """The file is there whole, on disk, or not at all; an older one stays until then."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as stream:
-            stream.write(data)
+            for piece in pieces:
+                stream.write(piece)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)

@@ -17,6 +17,7 @@ from quamba.formats.locate import Location, locate
 from quamba.formats.tensors import LiveTensors, TensorFiles, read_json
 
 TIED = "lm_head.weight"
+_LAYOUTS: dict[str, Any] = {"quamba": artifact, "transformers": transformers, "mamba_ssm": mamba_ssm}
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Checkpoint:
         return {name[len(prefix) :]: tensor for name, tensor in tensors.items()}
 
 
-def open_checkpoint(model: str, **hub: str | bool | None) -> Checkpoint:
+def open_checkpoint(model: str, **hub: Any) -> Checkpoint:
     """Find and identify MODEL, and check names, shapes and integrity of its files. Raises CheckpointError."""
     location = locate(model, **hub)
     config_file = location.path / "config.json"
@@ -61,7 +62,9 @@ def open_checkpoint(model: str, **hub: str | bool | None) -> Checkpoint:
         unfinished = " (a quantization that was not finished?)" if location.path.name.endswith(".partial") else ""
         raise CheckpointError(f"{location.path} has no config.json, so it is no model folder{unfinished}")
     if (location.path / "run.json").is_file():
-        raise CheckpointError(f"{location.path} is a quantization that was not finished: run the same command to resume it")
+        raise CheckpointError(
+            f"{location.path} is a quantization that was not finished: run the same command to resume it"
+        )
     return _identify(location, read_json(config_file), str(config_file), lambda: TensorFiles(location.path))
 
 
@@ -70,27 +73,30 @@ def checkpoint_of(model: Any) -> Checkpoint:
     name = getattr(model, "name_or_path", "") or type(model).__name__
     location = Location(Path(), Path(name).name)
     data = model.config.to_dict() | {"dtype": str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")}
-    return _identify(location, data, f"the configuration of {type(model).__name__}", lambda: LiveTensors(model.state_dict()))
+    return _identify(
+        location, data, f"the configuration of {type(model).__name__}", lambda: LiveTensors(model.state_dict())
+    )
 
 
 def _identify(
     location: Location, data: dict[str, Any], config_file: str, open_files: Callable[[], TensorFiles | LiveTensors]
 ) -> Checkpoint:
-    for name, layout in (("quamba", artifact), ("transformers", transformers), ("mamba_ssm", mamba_ssm)):
-        if layout.matches(data):
-            break
-    else:
+    name = next((name for name, layout in _LAYOUTS.items() if layout.matches(data)), None)
+    if name is None:
         kind = data.get("model_type") or data.get("architectures") or "no model_type"
         raise CheckpointError(
             f"{config_file} describes an architecture that isn't supported ({kind}); "
             "supported: Mamba1 in mamba-ssm's or transformers' layout, and quamba's own artifacts"
         )
+    layout = _LAYOUTS[name]
     try:
         config = layout.read_config(data)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, MemoryError) as error:
         raise CheckpointError(f"{config_file} can't be understood: {type(error).__name__}: {error}") from error
     except QuambaError as error:
         raise CheckpointError(f"{config_file}: {error}") from error
+    if not config.blocks:
+        raise CheckpointError(f"{config_file} describes a model without layers")
     files = open_files()
     names = {layout.rename(theirs): theirs for theirs in files.entries}
     if config.tie_word_embeddings and TIED in names and "backbone.embedding.weight" in names:
@@ -99,7 +105,7 @@ def _identify(
     if name != "quamba":
         config.dtype = _float_dtype(location, files, names)
     else:
-        artifact.check_digests(config, files)
+        artifact.check_digests(config, location.name, files.metadata)
     _check(location, config, files, names, exact=name == "quamba")
     return Checkpoint(location, name, config, files, names)
 
@@ -124,7 +130,9 @@ def _check_tied(location: Location, files: TensorFiles | LiveTensors, names: dic
         )
 
 
-def _check(location: Location, config: QuambaConfig, files: TensorFiles | LiveTensors, names: dict[str, str], exact: bool) -> None:
+def _check(
+    location: Location, config: QuambaConfig, files: TensorFiles | LiveTensors, names: dict[str, str], exact: bool
+) -> None:
     try:
         expected = artifact.expected_tensors(config)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -133,7 +141,9 @@ def _check(location: Location, config: QuambaConfig, files: TensorFiles | LiveTe
     if missing:
         raise CheckpointError(f"{location.name}: {len(missing)} tensors are missing: {_some(missing)}")
     if extra:
-        raise CheckpointError(f"{location.name}: {len(extra)} tensors don't belong to this architecture: {_some(extra)}")
+        raise CheckpointError(
+            f"{location.name}: {len(extra)} tensors don't belong to this architecture: {_some(extra)}"
+        )
     for name, (shape, dtype) in expected.items():
         entry = files.entries[names[name]]
         if entry.shape != shape:

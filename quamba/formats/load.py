@@ -15,7 +15,14 @@ from quamba.formats.checkpoint import Checkpoint, open_checkpoint
 
 _HUB_KEYS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 # What transformers' Auto classes and pipelines pass along and this loader has no use for.
-_IGNORED = ("config", "low_cpu_mem_usage", "use_safetensors", "trust_remote_code", "attn_implementation", "adapter_kwargs")
+_IGNORED = (
+    "config",
+    "low_cpu_mem_usage",
+    "use_safetensors",
+    "trust_remote_code",
+    "attn_implementation",
+    "adapter_kwargs",
+)
 
 
 def load_model(model: str, *, dtype: Any = "auto", device: Any = None, device_map: Any = None, **kwargs: Any):
@@ -42,7 +49,7 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: torc
         tensors["lm_head.weight"] = tensors["backbone.embedding.weight"]
     model.load_state_dict(tensors, strict=True, assign=True)
     if config.tie_word_embeddings:
-        model.lm_head.weight = model.backbone.embedding.weight
+        model.lm_head.weight = model.backbone.embedding.get_parameter("weight")
     config.dtype = dtype or config.dtype
     _generation_config(model, checkpoint.folder)
     model.name_or_path = checkpoint.location.name

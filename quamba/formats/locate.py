@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from quamba.errors import CheckpointError
 
@@ -24,7 +25,7 @@ class Location:
     repo: str | None = None
 
 
-def locate(model: str, *, allow: tuple[str, ...] = MODEL_FILES, **hub: str | bool | None) -> Location:
+def locate(model: str, allow: tuple[str, ...] = MODEL_FILES, **hub: Any) -> Location:
     """Find MODEL, downloading from the hub if it is an id there. Raises CheckpointError that says what was tried."""
     from quamba import bundled
 
@@ -48,14 +49,23 @@ def locate(model: str, *, allow: tuple[str, ...] = MODEL_FILES, **hub: str | boo
 
 def _download(repo: str, model: str, allow: tuple[str, ...], hub: dict) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     where = os.environ.get("HF_ENDPOINT", "the Hugging Face hub")
     kwargs = {key: value for key, value in hub.items() if value is not None}
     try:
         return Path(snapshot_download(repo, allow_patterns=list(allow), **kwargs))  # type: ignore[arg-type]
+    except HFValidationError as error:
+        raise CheckpointError(f"no such folder, and no hub id either: {model}") from error
     except RepositoryNotFoundError as error:
-        raise CheckpointError(f"{where} has no repository {repo} (or it is private: log in with `hf auth login`)") from error
+        raise CheckpointError(
+            f"{where} has no repository {repo} (or it is private: log in with `hf auth login`)"
+        ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise CheckpointError(
             f"{model}: no such folder here, and {repo} could not be fetched from {where} nor found in the local cache "

@@ -12,12 +12,17 @@ from quamba.formats.locate import TOKENIZER_FILES, locate
 STATE_SPACES_TOKENIZER = "EleutherAI/gpt-neox-20b"
 
 
-def load_tokenizer(model: str, tokenizer: str | None = None, **hub: str | bool | None) -> Any:
-    """The tokenizer of MODEL (or the one named by `tokenizer`), padding on the left. Raises DataError."""
+def load_tokenizer(model: str, tokenizer: str | None = None, required: bool = True, **hub: Any) -> Any:
+    """The tokenizer of MODEL (or the one named by `tokenizer`), padding on the left. Raises DataError.
+
+    None if the model has none, none is named, and none is `required`.
+    """
     location = locate(model, **hub)
     folder = location.path
     if tokenizer is None and not _has_tokenizer(folder):
         if not (location.repo or "").startswith("state-spaces/"):
+            if not required:
+                return None
             raise DataError(f"{folder} has no tokenizer (tokenizer.json); name one with --tokenizer FOLDER_OR_HUB_ID")
         tokenizer = STATE_SPACES_TOKENIZER
     if tokenizer is not None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import quamba_kernels as kernels
 import torch
 from torch import Tensor, nn
 
+import quamba_kernels as kernels
 from quamba.layers.precise import PreciseModule, frozen
 from quamba.layers.sites import Output
 from quamba.plan import WeightSpec

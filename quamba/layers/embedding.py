@@ -1,8 +1,9 @@
 """Token embedding."""
 
-import quamba_kernels as kernels
 import torch
 from torch import Tensor, nn
+
+import quamba_kernels as kernels
 
 
 class Embedding(nn.Module):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import quamba_kernels as kernels
 import torch
-from quamba_kernels.hadamard_matrices import PALEY, factor, outer_matrix
 from torch import Tensor, nn
 
+import quamba_kernels as kernels
 from quamba.errors import QuambaError
 from quamba.layers.sites import Output
 from quamba.plan import Rotation
+from quamba_kernels.hadamard_matrices import PALEY, factor, outer_matrix
 
 
 class Hadamard(nn.Module):
@@ -21,7 +21,9 @@ class Hadamard(nn.Module):
             known = rotation.matrix in ("sylvester", "identity") or PALEY.get(rotation.matrix) == rotation.m
             power = rotation.n // max(rotation.m, 1)
             if not known or rotation.m * power != rotation.n or power & (power - 1):
-                raise QuambaError(f"no rotation of width {rotation.n} = {rotation.m} * 2^k by {rotation.matrix!r} is known")
+                raise QuambaError(
+                    f"no rotation of width {rotation.n} = {rotation.m} * 2^k by {rotation.matrix!r} is known"
+                )
         self.rotation = rotation
         self._outer: dict[torch.device, Tensor] = {}
 

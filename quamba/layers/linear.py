@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import quamba_kernels as kernels
 import torch
 from torch import Tensor, nn
 
+import quamba_kernels as kernels
 from quamba.layers.precise import PreciseModule, frozen
 from quamba.layers.sites import Output
 from quamba.plan import WeightSpec
@@ -26,7 +26,7 @@ class Linear(PreciseModule):
     the plan gives this layer an integer input: then a float one is a TypeError, not a silent detour.
     """
 
-    precise = ("weight_scale",)
+    precise: tuple[str, ...] = ("weight_scale",)
 
     def __init__(
         self,
@@ -61,7 +61,9 @@ class Linear(PreciseModule):
         y: Tensor
         if isinstance(x, QTensor):
             if self.weight_scale is None:
-                raise TypeError("a linear with float weights was given a QTensor: its plan and its input's site disagree")
+                raise TypeError(
+                    "a linear with float weights was given a QTensor: its plan and its input's site disagree"
+                )
             if x.axis == "channel":
                 raise TypeError("an integer linear takes per-tensor or per-token scales, not channel scales")
             y = kernels.w8a8_linear(x.values, x.scale, self.weight, self.weight_scale, bias, inv)

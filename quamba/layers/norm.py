@@ -1,9 +1,9 @@
 """Root-mean-square norm, float or integer out, decided by the site it writes to."""
 
-import quamba_kernels as kernels
 import torch
 from torch import Tensor, nn
 
+import quamba_kernels as kernels
 from quamba.layers.sites import Output
 
 

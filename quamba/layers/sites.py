@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import quamba_kernels as kernels
 import torch
 from torch import Tensor
 
+import quamba_kernels as kernels
 from quamba.layers.precise import PreciseModule
 from quamba.plan import SiteSpec
 from quamba.qtensor import QTensor

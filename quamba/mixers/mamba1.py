@@ -18,12 +18,12 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import quamba_kernels as kernels
 import torch
 from torch import Tensor, nn
 
-from quamba.layers import CausalConv1d, Hadamard, Linear, PreciseModule, Sites
+import quamba_kernels as kernels
 from quamba.errors import RecipeError
+from quamba.layers import CausalConv1d, Hadamard, Linear, PreciseModule, Sites
 from quamba.plan import BlockPlan, Rotation, SiteSpec, WeightSpec
 from quamba.qtensor import QTensor
 from quamba.schema import choice
@@ -138,6 +138,8 @@ class Mamba1(PreciseModule):
         dt = self.dt_proj(low, sites("dt"), add_bias=False)
         u_codes, u_scale = _parts(x)
         z_codes, z_scale = _parts(z)
+        dt_bias = self.dt_proj.bias
+        assert dt_bias is not None
         y = kernels.selective_scan(
             u_codes,
             dt,
@@ -146,7 +148,7 @@ class Mamba1(PreciseModule):
             C,
             self.D,
             z_codes,
-            self.dt_proj.bias,
+            dt_bias,
             state=None if state is None else state.recurrent,
             mask=mask,
             u_scale=u_scale,

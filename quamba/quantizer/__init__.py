@@ -55,7 +55,7 @@ def quantize(
         recipe = Recipe.find(recipe, family=checkpoint.config.blocks[0]["mixer"])  # type: ignore[index]
     recipe.resolve(checkpoint.config)
     if isinstance(tokenizer, str) or (tokenizer is None and isinstance(model, str | Path)):
-        tokenizer = load_tokenizer(str(model), tokenizer)
+        tokenizer = load_tokenizer(str(model), tokenizer, required=not isinstance(calibration, Tensor))
     if isinstance(calibration, Tensor):
         chosen = given_ids(calibration, checkpoint.config.vocab_size, seed=seed)
     elif tokenizer is None:

@@ -36,7 +36,9 @@ class Observer:
         x = x.detach().reshape(-1, x.shape[-1]).float().abs()
         absmax = x.amax(dim=0)
         if not bool(torch.isfinite(absmax).all()):
-            raise QuambaError(f"calibration met NaN or infinite values at {self.name}: the model or its input is broken")
+            raise QuambaError(
+                f"calibration met NaN or infinite values at {self.name}: the model or its input is broken"
+            )
         if self.rows == 1:
             absmax, x = absmax.amax().reshape(1), x.reshape(-1, 1)
         torch.maximum(self.absmax, absmax, out=self.absmax)
@@ -49,7 +51,7 @@ class Observer:
         """float32, positive and finite: 0-d for axis tensor, `[width]` for axis channel."""
         largest = self.absmax.max()
         floor = largest * QUIET_CHANNEL if largest > 0 else torch.ones(())
-        absmax = self.absmax.clamp(min=floor)
+        absmax = self.absmax.clamp(min=floor).clamp(min=2.0**LOWEST)
         threshold = absmax if self.histogram is None else best_clipping(self.histogram, absmax)
         scale = (threshold / 127.0).to(torch.float32)
         return scale if self.spec.axis == "channel" else scale.reshape(())

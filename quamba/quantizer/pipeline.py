@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import quamba_kernels as kernels
 import torch
 from torch import Tensor
 
 import quamba
+import quamba_kernels as kernels
 from quamba.config import QuambaConfig
 from quamba.errors import QuambaError
 from quamba.formats.artifact import ArtifactWriter, block_shard, write_atomically
@@ -80,7 +80,7 @@ class _Job:
         self.progress = progress or (lambda done, total, text: None)
         self.writer = ArtifactWriter(folder.path, config)
         samples, seq_len = ids.shape
-        widest = max(max(block["args"].values()) for block in config.blocks or [])
+        widest = max(max(block["args"].values()) for block in config.blocks)
         self.batch = max(1, min(samples, BATCH_ELEMENTS // (seq_len * widest)))
         self.steps = -(-samples // self.batch)  # batches in one pass
         self.key = {

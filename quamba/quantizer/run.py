@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from quamba.errors import QuambaError
-from quamba.formats.artifact import write_atomically
+from quamba.formats.artifact import is_artifact, write_atomically
 
 
 class RunFolder:
@@ -24,13 +24,16 @@ class RunFolder:
     """
 
     def __init__(self, out: Path, overwrite: bool = False):
+        out = Path(os.path.abspath(out))  # `.` and `..` have no name of their own
         self.out, self.overwrite = out, overwrite
         self.path = out.with_name(out.name + ".partial")
         self.old = out.with_name(out.name + ".old")
+        self._made: list[Path] = []
         self._lock: int | None = None
 
     def __enter__(self) -> RunFolder:
         self.check()
+        self._made = [folder for folder in self.path.parents if not folder.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path, os.O_RDONLY)
@@ -43,10 +46,18 @@ class RunFolder:
         except OSError as error:
             os.close(self._lock)
             raise QuambaError(f"another process is quantizing into {self.out} right now") from error
-        self._repair()
+        try:
+            self._repair()
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, QuambaError):
+            self._remove()
         if self._lock is not None:
             os.close(self._lock)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -55,12 +66,22 @@ class RunFolder:
                 "it resumes after the last finished block"
             ) from error
 
+    def _remove(self) -> None:
+        """Leave nothing behind: the same call would meet the same error again."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        for folder in self._made:
+            if any(folder.iterdir()):
+                break
+            folder.rmdir()
+
     def check(self) -> None:
         """Refuse an output that exists, before any work."""
         if self.out.exists() and not self.overwrite:
             raise QuambaError(f"{self.out} exists: choose another folder (-o) or replace it with --overwrite")
         if self.out.exists() and not self.out.is_dir():
             raise QuambaError(f"{self.out} is a file")
+        if self.out.exists() and any(self.out.iterdir()) and not is_artifact(self.out):
+            raise QuambaError(f"{self.out} holds something else than a quantized model, which --overwrite won't replace")
         parent = next(p for p in self.path.absolute().parents if p.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise QuambaError(f"can't write to {parent}: choose another folder with -o")

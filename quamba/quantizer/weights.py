@@ -11,11 +11,11 @@ from quamba.model import Block
 def round_to_nearest(weight: Tensor) -> tuple[Tensor, Tensor]:
     """int8 codes in [-127, 127] and a float32 scale `[out]` for weight `[out, ...]`: absmax / 127 a row, half to even.
 
-    A row of zeros gets scale 1.
+    A row of zeros gets scale 1, and no scale is so small that its inverse overflows.
     """
     rows = weight.float().flatten(1)
     absmax = rows.abs().amax(dim=1)
-    scale = torch.where(absmax > 0, absmax / 127.0, torch.ones_like(absmax))
+    scale = torch.where(absmax > 0, absmax / 127.0, torch.ones_like(absmax)).clamp(min=torch.finfo(torch.float32).tiny)
     codes = (rows / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
     return codes.view(weight.shape), scale
 
@@ -32,7 +32,7 @@ def quantize_block(source: Block, target: Block, scales: dict[str, Tensor]) -> N
         wanted = getattr(module, "spec", None)
         if wanted is None:
             continue
-        weight = source.get_submodule(name).weight
+        weight = source.get_parameter(f"{name}.weight")
         if wanted.is_float:
             tensors[f"{name}.weight"] = weight
         else:

@@ -144,7 +144,7 @@ def test_a_prompt_may_arrive_in_chunks(model):
 
 
 def test_assisted_decoding_is_refused(model):
-    with pytest.raises((ValueError, NotImplementedError), match="(?i)stateful|assist"):
+    with pytest.raises((ValueError, NotImplementedError), match=r"(?i)stateful|assist"):
         model.generate(random_ids(50, 6), max_new_tokens=4, prompt_lookup_num_tokens=2)
 
 

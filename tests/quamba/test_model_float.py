@@ -77,12 +77,10 @@ def test_one_token_and_shorter_than_the_convolution(tmp_path):
 
 
 def test_loss_logits_to_keep_hidden_states_and_embeds(tmp_path):
-    theirs, ours = make_pair(tmp_path)
+    _, ours = make_pair(tmp_path)
     ids = torch.randint(0, 64, (2, 11))
     full = ours(ids, labels=ids, output_hidden_states=True)
-    naive = -torch.stack(
-        [full.logits[b, t].log_softmax(-1)[ids[b, t + 1]] for b in range(2) for t in range(10)]
-    ).mean()
+    naive = -torch.stack([full.logits[b, t].log_softmax(-1)[ids[b, t + 1]] for b in range(2) for t in range(10)]).mean()
     torch.testing.assert_close(full.loss, naive)
     assert len(full.hidden_states) == 4
     torch.testing.assert_close(ours(ids, logits_to_keep=1).logits, full.logits[:, -1:])

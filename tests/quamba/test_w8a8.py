@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-from quamba_kernels.hadamard_matrices import outer_matrix
 
 import quamba
 from quamba import QuambaLMHeadModel, Recipe
@@ -12,6 +11,7 @@ from quamba.config import QuambaConfig
 from quamba.layers import CausalConv1d, Linear, Sites
 from quamba.plan import SiteSpec, WeightSpec
 from quamba.qtensor import QTensor
+from quamba_kernels.hadamard_matrices import outer_matrix
 
 INT8 = WeightSpec(bits=8)
 # A site rounded to 1/127 of its largest value has noise of about 1 % of its spread (largest value 4 sigma); ten sites in
@@ -193,7 +193,9 @@ def test_transforms_preserve_the_float_function(pair):
     """Norm folding and rotation alone: a recipe that quantizes nothing gives the same logits."""
     model, _, ids = pair
     nothing = _recipe(weights={}, sites={})
-    torch.testing.assert_close(quamba.quantize(model, nothing, calibration=ids)(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        quamba.quantize(model, nothing, calibration=ids)(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_dynamic_token_scales(pair):

@@ -32,7 +32,7 @@ def causal_conv1d(
     y = window[:, :length] * w[:, 0]
     for k in range(1, taps):
         y.addcmul_(window[:, k : k + length], w[:, k].expand_as(y))
-    if integer:
+    if weight_scale is not None and x_scale is not None:
         y = (y.float() * weight_scale) * x_scale
     if bias is not None:
         y = y + bias.float()
