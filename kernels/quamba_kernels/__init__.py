@@ -166,10 +166,11 @@ def causal_conv1d(
 ) -> Tensor:
     """Depthwise causal convolution over tokens, then SiLU.
 
-    x `[B, L, C]`, float or int8 codes (then x_scale 0-d or `[C]`); weight `[C, K]`, oldest tap first, float or int8
-    (then weight_scale `[C]`); bias float `[C]`. Integer inputs are accumulated exactly and dequantized as
-    `(float(acc) * weight_scale) * x_scale`. state `[B, C, K-1]` in x's dtype, oldest first: read as the tokens before x
-    and overwritten in place with the last K-1 tokens. mask bool `[B, L]`: a False token enters as 0 and leaves as 0.
+    x `[B, L, C]` and weight `[C, K]`, oldest tap first, are both float, or both int8 codes with x_scale (0-d or `[C]`)
+    and weight_scale `[C]`; anything else is a TypeError. bias float `[C]`. Integers are accumulated exactly and
+    dequantized as `(float(acc) * weight_scale) * x_scale`. state `[B, C, K-1]` in x's dtype, oldest first: read as the
+    tokens before x and overwritten in place with the last K-1 tokens. mask bool `[B, L]`: a False token enters as 0 and
+    leaves as 0.
     Any split of a sequence over calls gives the same integers. Returns `[B, L, C]` (float32 for integer inputs).
     """
     return _op("causal_conv1d", x.device)(

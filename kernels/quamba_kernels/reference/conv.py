@@ -27,6 +27,8 @@ def causal_conv1d(
         state.copy_(window[:, length:].transpose(1, 2))
 
     integer = not x.is_floating_point()
+    if not integer == (not weight.is_floating_point()) == (x_scale is not None) == (weight_scale is not None):
+        raise TypeError("x and weight are both float, or both codes with their scales")
     window = window.to(torch.int32 if integer else torch.float32)
     w = weight.to(window.dtype)
     y = window[:, :length] * w[:, 0]

@@ -1,0 +1,147 @@
+// The exported functions: choice of instruction set, last checks, call.
+#include <atomic>
+#include <cstring>
+
+#include "ops.h"
+
+namespace quamba {
+
+extern const Kernels kernels_portable;
+#ifdef QUAMBA_HAS_AVX2
+extern const Kernels kernels_avx2;
+#endif
+
+namespace {
+
+struct Variant {
+    const char *name;
+    const Kernels *kernels;
+    bool (*runs)();
+};
+
+// Best first.
+const Variant variants[] = {
+#ifdef QUAMBA_HAS_AVX2
+    {"avx2", &kernels_avx2, [] { return __builtin_cpu_supports("avx2") != 0; }},
+#endif
+    {"portable", &kernels_portable, [] { return true; }},
+};
+
+const Variant *find(const char *name) {
+    for (const Variant &v : variants)
+        if ((!name || !*name || std::strcmp(name, v.name) == 0) && v.runs()) return &v;
+    return nullptr;
+}
+
+std::atomic<const Variant *> chosen{nullptr};
+
+const Variant &active() {
+    const Variant *v = chosen.load(std::memory_order_acquire);
+    if (!v) chosen.store(v = find(nullptr), std::memory_order_release);
+    return *v;
+}
+
+bool valid(const quamba_linear_args &a) {
+    if (a.rows < 0 || a.outputs < 0 || a.inputs < 0 || a.inputs > QUAMBA_MAX_INPUTS || a.threads < 1) return false;
+    if (!a.x || !a.weight || (a.acc != nullptr) + (a.y != nullptr) + (a.codes != nullptr) != 1) return false;
+    return a.acc || (a.x_scale && a.weight_scale && (!a.codes || a.inv));
+}
+
+bool valid(const quamba_conv_args &a) {
+    if (a.batch < 0 || a.length < 0 || a.channels < 0 || a.taps < 1 || a.taps > QUAMBA_MAX_TAPS) return false;
+    if (!a.x || !a.weight || a.threads < 1 || (a.y != nullptr) == (a.codes != nullptr)) return false;
+    return (!a.is_int8 || (a.x_scale && a.weight_scale)) && (!a.codes || a.inv);
+}
+
+bool valid(const quamba_scan_args &a) {
+    if (a.batch < 0 || a.length < 0 || a.channels < 0 || a.states < 1 || a.states > QUAMBA_MAX_STATE) return false;
+    if (!a.u || !a.z || !a.dt || !a.A || !a.B || !a.C || !a.D || !a.dt_bias || !a.y || a.threads < 1) return false;
+    return (!a.u_is_int8 || a.u_scale) && (!a.z_is_int8 || a.z_scale);
+}
+
+bool valid(const quamba_rows_args &a) {
+    if (a.rows < 0 || a.width < 0 || a.threads < 1 || !a.x) return false;
+    return (a.y != nullptr) != (a.codes != nullptr);
+}
+
+template <typename Args>
+int run(int (*Kernels::*op)(const Args &), const Args *args) {
+    if (!args || !valid(*args)) return QUAMBA_BAD_ARGUMENT;
+    return (active().kernels->*op)(*args);
+}
+
+}  // namespace
+}  // namespace quamba
+
+using namespace quamba;
+
+int quamba_cpu_abi(void) { return QUAMBA_CPU_ABI; }
+
+int quamba_cpu_openmp(void) {
+#ifdef _OPENMP
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+const char *quamba_cpu_variants(void) {
+    static const struct Names {
+        char text[128] = "";
+        Names() {
+            for (const Variant &v : variants)
+                if (v.runs()) {
+                    if (*text) std::strcat(text, " ");
+                    std::strcat(text, v.name);
+                }
+        }
+    } names;
+    return names.text;
+}
+
+const char *quamba_cpu_isa(void) { return active().name; }
+
+int quamba_cpu_set_isa(const char *name) {
+    const Variant *v = find(name);
+    if (!v) return QUAMBA_BAD_ARGUMENT;
+    chosen.store(v, std::memory_order_release);
+    return QUAMBA_OK;
+}
+
+int quamba_int8_linear(const quamba_linear_args *args) { return run(&Kernels::linear, args); }
+
+int quamba_causal_conv1d(const quamba_conv_args *args) { return run(&Kernels::conv, args); }
+
+int quamba_selective_scan(const quamba_scan_args *args) { return run(&Kernels::scan, args); }
+
+int quamba_quantize(const quamba_rows_args *args) {
+    if (args && (!args->codes || (args->inv != nullptr) == (args->scale != nullptr))) return QUAMBA_BAD_ARGUMENT;
+    return run(&Kernels::quantize, args);
+}
+
+int quamba_rms_norm(const quamba_rows_args *args) {
+    if (args && (!args->weight || (args->codes && !args->inv))) return QUAMBA_BAD_ARGUMENT;
+    return run(&Kernels::rms_norm, args);
+}
+
+int quamba_hadamard(const quamba_rows_args *args) {
+    if (!args || args->blocks < 1 || args->width < 1 || args->width % args->blocks) return QUAMBA_BAD_ARGUMENT;
+    const int64_t n = args->width / args->blocks, order = args->weight ? args->order : 1;
+    if (order < 1 || n % order || ((n / order) & (n / order - 1)) || (args->codes && !args->inv))
+        return QUAMBA_BAD_ARGUMENT;
+    return run(&Kernels::hadamard, args);
+}
+
+int quamba_elementary(const char *name, const float *x, float *y, int64_t n) {
+    if (!name || !x || !y || n < 0) return QUAMBA_BAD_ARGUMENT;
+    const Kernels &k = *active().kernels;
+    if (std::strcmp(name, "exp") == 0)
+        k.exp(x, y, n);
+    else if (std::strcmp(name, "softplus") == 0)
+        k.softplus(x, y, n);
+    else if (std::strcmp(name, "silu") == 0)
+        k.silu(x, y, n);
+    else
+        return QUAMBA_BAD_ARGUMENT;
+    return QUAMBA_OK;
+}

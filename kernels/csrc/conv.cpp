@@ -1,0 +1,89 @@
+// Depthwise causal convolution with SiLU, a block of channels and a window of tokens at a time.
+//
+// int8 inputs are summed in float32, exactly: 64 products of at most 2^14 stay below 2^24.
+#include "elementary.h"
+#include "ops.h"
+#include "parallel.h"
+
+namespace quamba::QUAMBA_ISA {
+namespace {
+
+constexpr int64_t BLOCK = 64;       // channels
+constexpr int64_t TOKENS = 32;      // new tokens in a window
+constexpr int64_t GRAIN = 1 << 13;  // outputs that are worth a thread
+
+inline float value(const void *p, bool is_int8, int64_t i) {
+    return is_int8 ? static_cast<float>(static_cast<const int8_t *>(p)[i]) : static_cast<const float *>(p)[i];
+}
+
+// Channels c0 .. c0 + count of one sequence.
+void block(const quamba_conv_args &a, int64_t b, int64_t c0, int64_t count) {
+    const int64_t past = a.taps - 1;
+    alignas(64) float weight[QUAMBA_MAX_TAPS * BLOCK] = {}, window[(QUAMBA_MAX_TAPS + TOKENS) * BLOCK] = {};
+    for (int64_t k = 0; k < a.taps; ++k)
+        for (int64_t c = 0; c < count; ++c) weight[k * BLOCK + c] = value(a.weight, a.is_int8, (c0 + c) * a.taps + k);
+    const int64_t state_at = (b * a.channels + c0) * past;
+    if (a.state)
+        for (int64_t k = 0; k < past; ++k)
+            for (int64_t c = 0; c < count; ++c) window[k * BLOCK + c] = value(a.state, a.is_int8, state_at + c * past + k);
+
+    for (int64_t t0 = 0; t0 < a.length; t0 += TOKENS) {
+        const int64_t tokens = a.length - t0 < TOKENS ? a.length - t0 : TOKENS;
+        const uint8_t *mask = a.mask ? a.mask + b * a.length + t0 : nullptr;
+        for (int64_t t = 0; t < tokens; ++t) {
+            const int64_t from = b * a.x_batch_stride + (t0 + t) * a.x_token_stride + c0;
+            by_lanes(count, [&](int64_t c, int64_t lanes) QUAMBA_BODY {
+                const F16 x = mask && !mask[t] ? splat(0.0f) : load_any(a.x, a.is_int8, from + c, lanes);
+                store(window + (past + t) * BLOCK + c, x);
+            });
+        }
+        by_lanes(count, [&](int64_t c, int64_t lanes) QUAMBA_BODY {
+            const int64_t channel = c0 + c;
+            const F16 one = splat(1.0f);
+            const F16 weight_scale = a.is_int8 ? load(a.weight_scale + channel, lanes) : one;
+            const F16 x_scale = a.is_int8 ? load_vector(a.x_scale, a.x_scale_stride, channel, lanes) : one;
+            const F16 bias = a.bias ? load(a.bias + channel, lanes) : splat(0.0f);
+            const F16 inv = a.codes ? load_vector(a.inv, a.inv_stride, channel, lanes) : one;
+            for (int64_t t = 0; t < tokens; ++t) {
+                F16 y = load(window + t * BLOCK + c) * load(weight + c);
+                for (int64_t k = 1; k < a.taps; ++k)
+                    y = y + load(window + (t + k) * BLOCK + c) * load(weight + k * BLOCK + c);
+                if (a.is_int8) y = y * weight_scale * x_scale;
+                y = silu(y + bias);
+                if (mask && !mask[t]) y = splat(0.0f);
+                const int64_t at = (b * a.length + t0 + t) * a.channels + channel;
+                if (a.codes)
+                    store_codes(a.codes + at, y, inv, lanes);
+                else
+                    store(a.y + at, y, lanes);
+            }
+        });
+        std::memmove(window, window + tokens * BLOCK, static_cast<size_t>(past * BLOCK) * sizeof(float));
+    }
+    if (!a.state) return;
+    for (int64_t k = 0; k < past; ++k)
+        for (int64_t c = 0; c < count; ++c) {
+            const float last = window[k * BLOCK + c];
+            const int64_t at = state_at + c * past + k;
+            if (a.is_int8)
+                static_cast<int8_t *>(a.state)[at] = static_cast<int8_t>(last);
+            else
+                static_cast<float *>(a.state)[at] = last;
+        }
+}
+
+}  // namespace
+
+int conv(const quamba_conv_args &a) {
+    const int64_t blocks = (a.channels + BLOCK - 1) / BLOCK;
+    const int64_t threads = worthwhile(a.threads, a.batch * a.length * a.channels, GRAIN);
+    return parallel_for(a.batch * blocks, threads, [&](int64_t begin, int64_t end) -> int {
+        for (int64_t task = begin; task < end; ++task) {
+            const int64_t c0 = task % blocks * BLOCK, left = a.channels - c0;
+            block(a, task / blocks, c0, left < BLOCK ? left : BLOCK);
+        }
+        return QUAMBA_OK;
+    });
+}
+
+}  // namespace quamba::QUAMBA_ISA

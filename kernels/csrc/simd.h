@@ -1,0 +1,175 @@
+// Sixteen float lanes on every instruction set, in as many registers as it takes.
+//
+// Lane arithmetic is plain IEEE (no fused multiply-add), sums run over 16 lanes whatever the register width: all variants
+// give the same bits.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#define QUAMBA_WIDTH 8
+#elif defined(__SSE2__)
+#include <emmintrin.h>
+#define QUAMBA_WIDTH 4
+#else
+#define QUAMBA_WIDTH 4
+#endif
+
+#define QUAMBA_INLINE inline __attribute__((always_inline))
+#define QUAMBA_BODY __attribute__((always_inline))  // of a lambda
+
+namespace {
+
+typedef float vf __attribute__((vector_size(4 * QUAMBA_WIDTH)));
+typedef int32_t vi __attribute__((vector_size(4 * QUAMBA_WIDTH)));
+typedef float vf_anywhere __attribute__((vector_size(4 * QUAMBA_WIDTH), aligned(1), may_alias));
+
+constexpr int64_t LANES = 16;
+constexpr int WIDTH = QUAMBA_WIDTH;
+constexpr int PARTS = 16 / QUAMBA_WIDTH;
+
+struct F16 {
+    vf part[PARTS];
+};
+
+#define QUAMBA_LANEWISE(op)                                                    \
+    QUAMBA_INLINE F16 operator op(const F16 &a, const F16 &b) {                \
+        F16 r;                                                                 \
+        for (int i = 0; i < PARTS; ++i) r.part[i] = a.part[i] op b.part[i];    \
+        return r;                                                              \
+    }
+QUAMBA_LANEWISE(+)
+QUAMBA_LANEWISE(-)
+QUAMBA_LANEWISE(*)
+QUAMBA_LANEWISE(/)
+#undef QUAMBA_LANEWISE
+
+QUAMBA_INLINE F16 splat(float value) {
+    F16 r;
+    for (int i = 0; i < PARTS; ++i) r.part[i] = value - vf{};
+    return r;
+}
+
+// Register by register: a memcpy of the whole may go through memory in smaller pieces.
+QUAMBA_INLINE F16 load(const float *p) {
+    F16 r;
+    for (int i = 0; i < PARTS; ++i) r.part[i] = *reinterpret_cast<const vf_anywhere *>(p + i * WIDTH);
+    return r;
+}
+
+QUAMBA_INLINE void store(float *p, const F16 &a) {
+    for (int i = 0; i < PARTS; ++i) *reinterpret_cast<vf_anywhere *>(p + i * WIDTH) = a.part[i];
+}
+
+// `count` < 16 lanes; the others read as 0 and aren't written.
+QUAMBA_INLINE F16 load(const float *p, int64_t count) {
+    if (count >= LANES) return load(p);
+    float lanes[LANES] = {};
+    for (int64_t i = 0; i < count; ++i) lanes[i] = p[i];
+    return load(lanes);
+}
+
+QUAMBA_INLINE void store(float *p, const F16 &a, int64_t count) {
+    if (count >= LANES) return store(p, a);
+    float lanes[LANES];
+    store(lanes, a);
+    for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
+}
+
+template <typename T>
+QUAMBA_INLINE F16 load_integers(const T *p, int64_t count) {
+    T in[LANES] = {};
+    if (count >= LANES)
+        std::memcpy(in, p, sizeof in);
+    else
+        for (int64_t i = 0; i < count; ++i) in[i] = p[i];
+    float lanes[LANES];
+    for (int64_t i = 0; i < LANES; ++i) lanes[i] = static_cast<float>(in[i]);
+    return load(lanes);
+}
+
+QUAMBA_INLINE F16 load_any(const void *p, bool is_int8, int64_t offset, int64_t count) {
+    return is_int8 ? load_integers(static_cast<const int8_t *>(p) + offset, count)
+                   : load(static_cast<const float *>(p) + offset, count);
+}
+
+// One value a channel, or (stride 0) one value for all.
+QUAMBA_INLINE F16 load_vector(const float *p, int64_t stride, int64_t offset, int64_t count) {
+    return stride == 0 ? splat(p[0]) : load(p + offset, count);
+}
+
+#if defined(__AVX2__)
+QUAMBA_INLINE vf larger(vf a, vf b) { return _mm256_max_ps(a, b); }
+QUAMBA_INLINE vf smaller(vf a, vf b) { return _mm256_min_ps(a, b); }
+#elif defined(__SSE2__)
+QUAMBA_INLINE vf larger(vf a, vf b) { return _mm_max_ps(a, b); }
+QUAMBA_INLINE vf smaller(vf a, vf b) { return _mm_min_ps(a, b); }
+#else
+QUAMBA_INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
+QUAMBA_INLINE vf smaller(vf a, vf b) { return a < b ? a : b; }
+#endif
+
+// NaN in the second argument comes back.
+QUAMBA_INLINE F16 max(float bound, const F16 &a) {
+    F16 r;
+    for (int i = 0; i < PARTS; ++i) r.part[i] = larger(bound - vf{}, a.part[i]);
+    return r;
+}
+
+QUAMBA_INLINE F16 min(float bound, const F16 &a) {
+    F16 r;
+    for (int i = 0; i < PARTS; ++i) r.part[i] = smaller(bound - vf{}, a.part[i]);
+    return r;
+}
+
+// Sum of the lanes, halving: 8 + 8, 4 + 4, 2 + 2, 1 + 1.
+QUAMBA_INLINE float sum(const F16 &a) {
+    float lanes[LANES];
+    store(lanes, a);
+    for (int half = 8; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    return lanes[0];
+}
+
+constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it rounds |x| < 2^22 to an integer, half to even
+
+// int8 codes of real * inv; NaN gives 0.
+QUAMBA_INLINE void store_codes(int8_t *p, const F16 &real, const F16 &inv, int64_t count) {
+    const F16 r = min(127.0f, max(-128.0f, real * inv)) + splat(ROUND);  // the code stands in the low byte
+    alignas(16) int8_t codes[LANES];
+#if defined(__SSE2__)
+    __m128i bits[4];
+    for (int i = 0; i < 4; ++i) {
+#if defined(__AVX2__)
+        const __m256i two = _mm256_castps_si256(r.part[i / 2]);
+        bits[i] = i % 2 ? _mm256_extracti128_si256(two, 1) : _mm256_castsi256_si128(two);
+#else
+        bits[i] = _mm_castps_si128(r.part[i]);
+#endif
+        bits[i] = _mm_and_si128(bits[i], _mm_set1_epi32(0xff));
+    }
+    const __m128i low = _mm_packs_epi32(bits[0], bits[1]), high = _mm_packs_epi32(bits[2], bits[3]);
+    const __m128i all = _mm_packus_epi16(low, high);
+    std::memcpy(codes, &all, sizeof codes);
+#else
+    int32_t bits[LANES];
+    std::memcpy(bits, &r, sizeof bits);
+    for (int64_t i = 0; i < LANES; ++i) codes[i] = static_cast<int8_t>(bits[i]);
+#endif
+    if (count >= LANES)
+        std::memcpy(p, codes, LANES);
+    else
+        for (int64_t i = 0; i < count; ++i) p[i] = codes[i];
+}
+
+// Calls body(index, lanes) for 16 entries at a time, and once for what is left.
+template <typename Body>
+QUAMBA_INLINE void by_lanes(int64_t n, const Body &body) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) body(i, LANES);
+    if (i < n) body(i, n - i);
+}
+
+}  // namespace

@@ -1,0 +1,66 @@
+"""Ops on rows of floats: quantization, RMSNorm, Hadamard transform."""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from quamba_kernels import reference
+from quamba_kernels.cpu.checks import FLOAT32, FLOATS, check, float_vector, last_axis, needs_grad, pointer, vector
+from quamba_kernels.cpu.library import RowsArgs, call, threads
+
+
+def _run(op: str, x: Tensor, width: int, inv: Tensor | None, args: ctypes.Structure) -> Tensor:
+    """Fill in what the ops share and call: float32, or int8 codes with `inv`."""
+    out = torch.empty(x.shape, dtype=torch.float32 if inv is None else torch.int8)
+    if inv is not None:
+        inv, args.inv_stride = vector("inv", inv, width)
+        args.inv, args.codes = inv.data_ptr(), out.data_ptr()
+    else:
+        args.y = out.data_ptr()
+    if out.numel() > 0:
+        x = x.float().contiguous()
+        args.x, args.rows, args.width, args.threads = x.data_ptr(), x.numel() // width, width, threads()
+        call(op, args)
+    return out
+
+
+def quantize(x: Tensor, inv: Tensor) -> Tensor:
+    width = last_axis("x", x, FLOATS)
+    return _run("quantize", x, width, inv, RowsArgs())
+
+
+def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
+    width = last_axis("x", x, FLOATS)
+    if width == 0:
+        raise ValueError("x: no entries to find a scale for")
+    codes, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(*x.shape[:-1], 1)
+    if codes.numel() > 0:
+        x = x.float().contiguous()
+        args = RowsArgs(x=x.data_ptr(), codes=codes.data_ptr(), scale=scale.data_ptr(), threads=threads())
+        args.rows, args.width = x.numel() // width, width
+        call("quantize", args)
+    return codes, scale
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, inv: Tensor | None = None) -> Tensor:
+    width = last_axis("x", x, FLOATS)
+    if needs_grad(x, weight):
+        return reference.rms_norm(x, weight, eps, inv)
+    w = float_vector("weight", weight, width)
+    out = _run("rms_norm", x, width, inv, RowsArgs(weight=w.data_ptr(), eps=eps))
+    return out if inv is not None else out.to(weight.dtype)
+
+
+def hadamard(x: Tensor, outer: Tensor | None, blocks: int = 1, inv: Tensor | None = None) -> Tensor:
+    width = last_axis("x", x, FLOATS)
+    order = 1
+    if outer is not None:
+        check("outer", outer, FLOAT32, outer.shape[0], outer.shape[0])
+        outer, order = outer.contiguous(), outer.shape[0]
+    if blocks < 1 or width == 0 or width % (blocks * order) or (power := width // (blocks * order)) & (power - 1):
+        raise ValueError(f"x: {width} entries aren't {blocks} blocks of {order} times a power of two")
+    if needs_grad(x):
+        return reference.hadamard(x, outer, blocks, inv)
+    out = _run("hadamard", x, width, inv, RowsArgs(weight=pointer(outer), blocks=blocks, order=order))
+    return out if inv is not None else out.to(x.dtype)
