@@ -24,7 +24,26 @@ def register() -> None:
         if models is not None and hasattr(models, "AutoModelForCausalLM"):
             ours = sys.modules.get("quamba.model") or importlib.import_module("quamba.model")
             if hasattr(ours, "QuambaLMHeadModel"):
+                _register_plan()
                 models.AutoModelForCausalLM.register(QuambaConfig, ours.QuambaLMHeadModel, exist_ok=True)
+
+
+def _register_plan() -> None:
+    """Let `AutoQuantizationConfig` parse our plan: lm-eval, for one, asks it about any `quantization_config`."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, register_quantization_config
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    from quamba.plan import QUANT_METHOD
+
+    if QUANT_METHOD in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        return
+
+    @register_quantization_config(QUANT_METHOD)
+    class PlanConfig(QuantizationConfigMixin):
+        """The plan as it stands in config.json."""
+
+        def __init__(self, **plan: Any):
+            self.__dict__.update(plan | {"quant_method": QUANT_METHOD})
 
 
 def register_lazily() -> None:

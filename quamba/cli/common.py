@@ -14,6 +14,18 @@ import click
 from quamba.errors import QuambaError
 
 
+def model_argument(command: Callable) -> Callable:
+    """MODEL. What can be neither a folder nor a hub id is refused before anything heavy is imported."""
+    return click.argument("model", callback=_exists)(command)
+
+
+def _exists(ctx: click.Context, option: click.Parameter, model: str) -> str:
+    from quamba.formats import find
+
+    find(model)
+    return model
+
+
 def model_options(command: Callable) -> Callable:
     """--device, --dtype, --tokenizer, --backend."""
     for option in (
@@ -45,7 +57,6 @@ def _writable(ctx: click.Context, option: click.Parameter, path: Path | None) ->
 def running_on(backend: str, device: str | None) -> Iterator[None]:
     """Choose the backend, and say once on stderr what the command runs on."""
     import quamba_kernels
-
     from quamba.formats.load import _device
 
     _device(device, None)
@@ -75,7 +86,8 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total, text: bar.update(task, completed=done, total=total, description=text)
 

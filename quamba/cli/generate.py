@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from quamba.cli.common import model_options, output_option, progress_bar, running_on, write_json
+from quamba.cli.common import model_argument, model_options, output_option, progress_bar, running_on, write_json
 from quamba.errors import DataError
 
 # Longer prompts are fed in pieces of this many tokens, with a bar.
@@ -17,7 +17,7 @@ PREFILL = 512
 
 
 @click.command("generate")
-@click.argument("model")
+@model_argument
 @click.option("--prompt", required=True, help="Text to continue; - reads it from standard input.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=100, show_default=True)
 @click.option("--temperature", type=click.FloatRange(min=0, min_open=True), help="Sample; higher is wilder.")

@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 
-from quamba.cli.common import output_option, size, write_json
+from quamba.cli.common import model_argument, output_option, size, write_json
 
 
 @click.command("inspect")
-@click.argument("model")
+@model_argument
 @output_option
 def inspect_command(model: str, output: Path | None) -> None:
     """Show what MODEL is made of: architecture, precision and size of every component, and where its scales came from.

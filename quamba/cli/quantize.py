@@ -7,12 +7,12 @@ from pathlib import Path
 
 import click
 
-from quamba.cli.common import model_options, output_option, progress_bar, running_on, size, write_json
+from quamba.cli.common import model_argument, model_options, output_option, progress_bar, running_on, size, write_json
 from quamba.errors import QuambaError
 
 
 @click.command("quantize")
-@click.argument("model")
+@model_argument
 @click.option("--w8a8", "preset", flag_value="w8a8", help="int8 weights and activations.")
 @click.option("--w4a8", "preset", flag_value="w4a8", help="int4 weights, int8 activations.")
 @click.option("--w4a16", "preset", flag_value="w4a16", help="int4 weights, float activations.")

@@ -1,10 +1,25 @@
-"""Reading the world's checkpoints, and reading and writing our own artifacts. Only this room knows other people's names."""
+"""Reading the world's checkpoints, and reading and writing our own artifacts. Only this room knows other people's names.
 
-from quamba.formats.artifact import ArtifactWriter, expected_tensors, is_artifact
-from quamba.formats.checkpoint import Checkpoint, checkpoint_of, open_checkpoint
-from quamba.formats.load import load_model, save_model
-from quamba.formats.locate import locate
-from quamba.formats.tokenizer import copy_tokenizer, load_tokenizer
+The names load on first use: finding out that a path is wrong takes no torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_HOME = {
+    "ArtifactWriter": "artifact",
+    "expected_tensors": "artifact",
+    "is_artifact": "artifact",
+    "Checkpoint": "checkpoint",
+    "checkpoint_of": "checkpoint",
+    "open_checkpoint": "checkpoint",
+    "load_model": "load",
+    "save_model": "load",
+    "find": "locate",
+    "locate": "locate",
+    "copy_tokenizer": "tokenizer",
+    "load_tokenizer": "tokenizer",
+}
 
 __all__ = [
     "ArtifactWriter",
@@ -12,6 +27,7 @@ __all__ = [
     "checkpoint_of",
     "copy_tokenizer",
     "expected_tensors",
+    "find",
     "is_artifact",
     "load_model",
     "load_tokenizer",
@@ -19,3 +35,16 @@ __all__ = [
     "open_checkpoint",
     "save_model",
 ]
+
+if TYPE_CHECKING:
+    from quamba.formats.artifact import ArtifactWriter, expected_tensors, is_artifact
+    from quamba.formats.checkpoint import Checkpoint, checkpoint_of, open_checkpoint
+    from quamba.formats.load import load_model, save_model
+    from quamba.formats.locate import find, locate
+    from quamba.formats.tokenizer import copy_tokenizer, load_tokenizer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -43,7 +43,7 @@ class Checkpoint:
         source = {self.names[name]: name for name in names}
         tensors = {source[theirs]: tensor for theirs, tensor in self.files.read(source).items()}
         for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            if tensor.is_floating_point() and not is_finite(tensor):
                 raise CheckpointError(f"{self.location.name}: tensor {name} holds NaN or infinite values")
         return tensors
 
@@ -110,6 +110,11 @@ def _identify(
     return Checkpoint(location, name, config, files, names)
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite. Extremes carry NaN along, and need no temporary of the tensor's size."""
+    return tensor.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in tensor.aminmax())
+
+
 def _float_dtype(location: Location, files: TensorFiles | LiveTensors, names: dict[str, str]) -> torch.dtype:
     theirs = names.get("backbone.embedding.weight")
     if theirs is None:
@@ -137,6 +142,8 @@ def _check(
         expected = artifact.expected_tensors(config)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"{location.name}: config.json asks for an impossible model: {error}") from error
+    except QuambaError as error:
+        raise CheckpointError(f"{location.name}: config.json: {error}") from error
     missing, extra = sorted(expected.keys() - names.keys()), sorted(names.keys() - expected.keys())
     if missing:
         raise CheckpointError(f"{location.name}: {len(missing)} tensors are missing: {_some(missing)}")

@@ -27,6 +27,14 @@ class Location:
 
 def locate(model: str, allow: tuple[str, ...] = MODEL_FILES, **hub: Any) -> Location:
     """Find MODEL, downloading from the hub if it is an id there. Raises CheckpointError that says what was tried."""
+    found = find(model)
+    if isinstance(found, Location):
+        return found
+    return Location(_download(found, model, allow, hub), found.rsplit("/", 1)[1], found)
+
+
+def find(model: str) -> Location | str:
+    """Where MODEL lies on this machine, or its id on the hub. Raises CheckpointError if it can be neither."""
     from quamba import bundled
 
     path = Path(model).expanduser()
@@ -43,15 +51,14 @@ def locate(model: str, allow: tuple[str, ...] = MODEL_FILES, **hub: Any) -> Loca
         raise CheckpointError(
             f"{model!r} is no folder here, no bundled model ({names}), and no hub id (owner/name) or short name (mamba-130m)"
         )
-    repo = model if "/" in model else f"state-spaces/{model}"
-    return Location(_download(repo, model, allow, hub), repo.rsplit("/", 1)[1], repo)
+    return model if "/" in model else f"state-spaces/{model}"
 
 
 def _download(repo: str, model: str, allow: tuple[str, ...], hub: dict) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
-        HfHubHTTPError,
         HFValidationError,
+        HTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
@@ -66,7 +73,7 @@ def _download(repo: str, model: str, allow: tuple[str, ...], hub: dict) -> Path:
         raise CheckpointError(
             f"{where} has no repository {repo} (or it is private: log in with `hf auth login`)"
         ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, HTTPError, OSError) as error:
         raise CheckpointError(
             f"{model}: no such folder here, and {repo} could not be fetched from {where} nor found in the local cache "
             f"({type(error).__name__}); without a network, give the path of a folder with config.json and the weights"

@@ -65,7 +65,8 @@ def best_clipping(histogram: Tensor, absmax: Tensor, candidates: int = 64) -> Te
     """
     centre = 2.0 ** ((torch.arange(BINS, dtype=torch.float64) + 0.5) / BINS_PER_OCTAVE + LOWEST)
     width = centre * (2.0 ** (0.5 / BINS_PER_OCTAVE) - 2.0 ** (-0.5 / BINS_PER_OCTAVE))
-    counts = histogram.double()
+    seen = histogram.any(dim=0)
+    centre, width, counts = centre[seen], width[seen], histogram[:, seen].double()
     best, best_error = absmax.double(), torch.full_like(absmax, torch.inf, dtype=torch.float64)
     for ratio in torch.linspace(1.0, 1 / 3, candidates, dtype=torch.float64):
         threshold = absmax.double() * ratio

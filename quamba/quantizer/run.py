@@ -81,7 +81,9 @@ class RunFolder:
         if self.out.exists() and not self.out.is_dir():
             raise QuambaError(f"{self.out} is a file")
         if self.out.exists() and any(self.out.iterdir()) and not is_artifact(self.out):
-            raise QuambaError(f"{self.out} holds something else than a quantized model, which --overwrite won't replace")
+            raise QuambaError(
+                f"{self.out} holds something else than a quantized model, which --overwrite won't replace"
+            )
         parent = next(p for p in self.path.absolute().parents if p.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise QuambaError(f"can't write to {parent}: choose another folder with -o")
