@@ -60,9 +60,8 @@ def main() -> None:
 
     import quamba
     from quamba import QuambaLMHeadModel
-    from quamba.evaluation import compare, score_text
+    from quamba.evaluation import compare, encode_text, score_text
     from quamba.evaluation.speed import measure_speed
-    from quamba.evaluation.text import encode, read_text
     from quamba.formats import load_tokenizer, locate
 
     torch.set_num_threads(options.threads)
@@ -85,8 +84,7 @@ def main() -> None:
         sources = [options.data / "wikitext2_test.txt", options.data / "wikitext2_raw_test.txt", "novels"]
     rows = {name: {"model": name, "bytes": size[name]} for name in models}
     for source in sources:
-        name, text = read_text(source)
-        ids = encode(tokenizer, text, reference.config.vocab_size)
+        name, ids = Path(source).stem, encode_text(tokenizer, source)
         for label, model in models.items():
             say(f"{label}: {name}")
             rows[label][f"{name} perplexity"] = score_text(model, ids).perplexity
@@ -137,8 +135,7 @@ def lambada(file: Path, models: dict, tokenizer, rows: dict) -> None:
 
 
 def lambada_row(found) -> dict:
-    metrics = found["lambada_openai"].metrics if isinstance(found, dict) else found[0].metrics
-    metric = metrics["loglikelihood_per_word"]
+    metric = found[0].metrics["loglikelihood_per_word"]
     return {"LAMBADA log-likelihood a word": metric.value, "LAMBADA stderr": metric.stderr}
 
 

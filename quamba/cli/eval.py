@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -15,11 +14,11 @@ from quamba.cli.common import model_options, output_option, progress_bar, runnin
 @click.option("--task", "tasks", metavar="NAME[,NAME]", help="lm-eval tasks, such as lambada_openai,piqa.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first N rows of each task.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
-@click.option(
-    "--data", metavar="DIR|bundled", help="Folder with <task>.jsonl, or the shipped sample; default: fetch."
-)
+@click.option("--data", metavar="DIR|bundled", help="Folder with <task>.jsonl, or the shipped sample; default: fetch.")
 @click.option("--against", metavar="MODEL", help="Evaluate this one, too, and the distance to it.")
-@click.option("--perplexity", "texts", multiple=True, metavar="FILE", help="A text file, or wikitext, novels (bundled).")
+@click.option(
+    "--perplexity", "texts", multiple=True, metavar="FILE", help="A text file, or wikitext, novels (bundled)."
+)
 @click.option("--context", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens, for perplexity.")
 @model_options
 @output_option
@@ -52,68 +51,41 @@ def eval_command(
     model = model or newest_artifact()
     from rich.console import Console
 
-    from quamba.evaluation import results_dict, results_table
+    from quamba.evaluation import encode_text, evaluate, results_dict, results_table
+    from quamba.formats import load_tokenizer
+    from quamba.model import QuambaLMHeadModel
 
     if against and not texts:
         texts = ("wikitext",)
     names = [task.strip() for task in (tasks or "").split(",") if task.strip()]
     with running_on(backend, device), progress_bar("loading") as progress:
+        words = load_tokenizer(model, tokenizer)
+        ids = {Path(text).name: encode_text(words, text) for text in texts}
+        networks = {
+            label: QuambaLMHeadModel.from_pretrained(name, dtype=dtype, device=device)
+            for label, name in _labels(model, against).items()
+        }
         measured, divergences = evaluate(
-            [model, against] if against else [model],
+            networks,
+            words,
             names,
-            texts,
-            progress,
-            {"limit": limit, "batch_size": batch_size, "data": data},
+            ids,
             context=context,
-            load={"dtype": dtype, "device": device},
-            tokenizer=tokenizer,
+            limit=limit,
+            batch_size=batch_size,
+            data=data,
+            progress=progress,
         )
     console = Console()
     (console if console.is_terminal else Console(width=140)).print(results_table(measured, divergences))
     write_json(output, results_dict(measured, divergences))
 
 
-def evaluate(
-    models: list[str],
-    tasks: list[str],
-    texts: tuple[str, ...],
-    progress: Any,
-    options: dict[str, Any],
-    *,
-    context: int = 1024,
-    load: dict[str, Any] | None = None,
-    tokenizer: str | None = None,
-) -> tuple[list[Any], dict[str, Any]]:
-    """Load one or two models and measure everything asked for: (results a model, divergence a text)."""
-    from quamba.evaluation import compare, encode_text, run_tasks, score_text
-    from quamba.evaluation.report import ModelResults
-    from quamba.formats import load_tokenizer
-    from quamba.model import QuambaLMHeadModel
-
-    words = load_tokenizer(models[0], tokenizer)
-    ids = {text: encode_text(words, text) for text in texts}
-    networks = [QuambaLMHeadModel.from_pretrained(name, **(load or {})) for name in models]
-    measured = []
-    for name, network in zip(models, networks, strict=True):
-        short = Path(name).name or name
-        result = ModelResults(short)
-        for text, tokens in ids.items():
-            step = _titled(progress, f"{short}: perplexity of {Path(text).name}")
-            result.texts[Path(text).name] = score_text(network, tokens, context, progress=step)
-        if tasks:
-            progress(0, None, f"{short}: {', '.join(tasks)}")
-            result.tasks = run_tasks(network, words, tasks, **options)
-        measured.append(result)
-    divergences = {}
-    if len(networks) > 1:
-        for text, tokens in ids.items():
-            step = _titled(progress, f"divergence on {Path(text).name}")
-            divergences[Path(text).name] = compare(networks[0], networks[1], tokens, context, progress=step)
-    return measured, divergences
-
-
-def _titled(progress: Any, title: str) -> Any:
-    return lambda done, total, _: progress(done, total, title)
+def _labels(model: str, against: str | None) -> dict[str, str]:
+    """What the table calls the models: their last path component, or all of it where that is the same."""
+    names = [model] if against is None else [model, against]
+    short = [Path(name).resolve().name if name == "." else Path(name).name for name in names]
+    return dict(zip(short if len(set(short)) == len(names) else names, names, strict=True))
 
 
 def newest_artifact() -> str:

@@ -27,11 +27,11 @@ from quamba.evaluation.text import (
 
 @dataclass(frozen=True)
 class Divergence:
-    """Of a model from a reference, over `tokens` predictions. Plain numbers, so that `asdict` is JSON.
+    """Of a model from a reference, over `tokens` predictions.
 
     mean_kl, p999_kl: mean and 99.9th percentile (linear interpolation) over tokens of KL(reference || model), in nats.
     top1_agreement: the share of tokens at which both find the same token the most likely.
-    perplexity, reference_perplexity: each one's on the same text.
+    score, reference_score: each one's own score on the text.
     """
 
     mean_kl: float
@@ -39,8 +39,8 @@ class Divergence:
     p999_kl: float
     top1_agreement: float
     tokens: int
-    perplexity: float
-    reference_perplexity: float
+    score: TextScore
+    reference_score: TextScore
 
 
 @torch.no_grad()
@@ -63,7 +63,7 @@ def compare(
         raise DataError(f"the models have different vocabularies ({sizes[0]} and {sizes[1]}): they can't be compared")
     check_ids(ids, sizes[0])
     kls: list[Tensor] = []
-    nll = torch.zeros(2, dtype=torch.float64)  # of the model, of the reference
+    sums = torch.zeros(2, 2, dtype=torch.float64)  # of nll and its square, for model and reference
     agreeing = done = 0
     total = scored_tokens(len(ids), context)
     for batch in batches(ids, context, batch_size_for(model, context, batch_size)):
@@ -76,20 +76,21 @@ def compare(
             target = targets[row, following(positions), None]
             scores = -torch.cat((q.gather(1, target), p.gather(1, target)), 1).T
             finite(scores[0], model)
-            nll += finite(scores, reference).cpu().double().sum(1)
+            nll = finite(scores, reference).cpu().double()
+            sums += torch.stack((nll.sum(1), nll.square().sum(1)), 1)
             agreeing += int((p.argmax(-1) == q.argmax(-1)).sum())
             kls.append(finite((p.exp() * (p - q)).sum(-1, dtype=torch.float64), model).cpu())
         done += batch.shape[0] * (batch.shape[1] - 1)
         if progress is not None:
             progress(done, total, f"perplexity and KL: {done}/{total} tokens")
     kl = torch.cat(kls)
-    perplexity, reference_perplexity = (TextScore(float(nats), total, 0.0).perplexity for nats in nll)
+    score, reference_score = (TextScore(float(nats), total, float(squares)) for nats, squares in sums)
     return Divergence(
         mean_kl=float(kl.mean()),
         mean_kl_stderr=standard_error(float(kl.sum()), float(kl.square().sum()), total),
         p999_kl=float(np.quantile(kl.numpy(), 0.999)),
         top1_agreement=agreeing / total,
         tokens=total,
-        perplexity=perplexity,
-        reference_perplexity=reference_perplexity,
+        score=score,
+        reference_score=reference_score,
     )

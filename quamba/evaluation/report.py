@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -130,7 +129,10 @@ def results_dict(models: list[ModelResults], divergences: dict[str, Divergence] 
             }
             for model in models
         ],
-        "divergence": {name: dataclasses.asdict(d) for name, d in (divergences or {}).items()},
+        "divergence": {
+            name: {key: getattr(d, key) for key in ("mean_kl", "mean_kl_stderr", "p999_kl", "top1_agreement", "tokens")}
+            for name, d in (divergences or {}).items()
+        },
     }
 
 

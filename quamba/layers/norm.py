@@ -16,4 +16,5 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor, out: Output):
-        return out.finish(kernels.rms_norm(x, self.weight, self.eps, out.inv))
+        weight = self.weight.float() if out.integer else self.weight
+        return out.finish(kernels.rms_norm(x, weight, self.eps, out.inv))

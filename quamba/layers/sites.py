@@ -54,12 +54,16 @@ class Sites(PreciseModule):
 
 
 class Output:
-    """The epilogue of a producing op: `inv` for the kernel, and `finish` to hand its result on."""
+    """The epilogue of a producing op: `inv` for the kernel, and `finish` to hand its result on.
+
+    `integer`: some of it will be rounded to codes, so a float result should come in float32.
+    """
 
     def __init__(self, sites: Sites, names: tuple[str, ...]):
         self.sites, self.names = sites, names
         self.sizes = [sites.widths[n] for n in names]
         specs = [sites.specs[n] for n in names]
+        self.integer = not all(s.is_float for s in specs)
         self.inv: Tensor | None = None
         if all(s.scale == "static" for s in specs):
             scales = [getattr(sites, n) for n in names]

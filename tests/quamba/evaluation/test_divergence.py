@@ -70,8 +70,10 @@ def test_equals_loops_over_tokens_and_vocabulary(batch_size):
 def test_perplexities_are_those_of_score_text():
     model, reference = pair()
     found = compare(model, reference, IDS, context=16)
-    assert found.perplexity == pytest.approx(score_text(model, IDS, context=16).perplexity, rel=1e-9)
-    assert found.reference_perplexity == pytest.approx(score_text(reference, IDS, context=16).perplexity, rel=1e-9)
+    assert found.score.perplexity == pytest.approx(score_text(model, IDS, context=16).perplexity, rel=1e-9)
+    assert found.reference_score.perplexity == pytest.approx(
+        score_text(reference, IDS, context=16).perplexity, rel=1e-9
+    )
 
 
 def test_a_model_does_not_differ_from_itself():

@@ -17,7 +17,7 @@ def model(name, nll, logliks):
 
 
 TWO = [model("small", 3.01, (-4.0, -6.1, -8.0)), model("float", 3.0, (-4.1, -6.0, -8.2))]
-KL = {"t": Divergence(0.012, 0.001, 0.5, 0.97, 100, 20.3, 20.1)}
+KL = {"t": Divergence(0.012, 0.001, 0.5, 0.97, 100, TextScore(301, 100, 1000), TextScore(300, 100, 1000))}
 
 
 def test_paired_difference_is_mean_and_error_of_the_differences():

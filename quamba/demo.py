@@ -1,0 +1,113 @@
+"""`make demo`: quantize the bundled Mamba1, measure it beside its float self, let it write, print one table."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import quamba_kernels
+from quamba import QuambaLMHeadModel, bundled, quantize
+from quamba.cli.common import progress_bar, size
+from quamba.evaluation import encode_text, evaluate, measure_speed
+from quamba.evaluation.report import paired_difference
+from quamba.formats import load_tokenizer, open_checkpoint
+
+MODEL = "mamba1-nano"
+PROMPT = "The old man went to the window and"
+
+
+def main() -> None:
+    """Runs in a few minutes on two cores; leaves nothing behind."""
+    click.echo(f"{MODEL}: a really trained Mamba1 of 4.5 million parameters, on {quamba_kernels.describe()}")
+    tokenizer = load_tokenizer(MODEL)
+    with tempfile.TemporaryDirectory() as folder, progress_bar("quantizing") as progress:
+        out = Path(folder) / f"{MODEL}-w8a8"
+        quantize(MODEL, "w8a8", out=out, progress=progress)
+        bytes_on_disk = [_weights(bundled.model_path(MODEL)), _weights(out)]
+        bodies = [_body_bits(open_checkpoint(MODEL)), _body_bits(open_checkpoint(str(out)))]
+        # float16 parts are computed in float32: few CPUs have half precision units.
+        models = {
+            "W8A8": QuambaLMHeadModel.from_pretrained(out, dtype="float32"),
+            "float": QuambaLMHeadModel.from_pretrained(MODEL, dtype="float32"),
+        }
+        texts = {name: encode_text(tokenizer, name) for name in ("wikitext", "novels")}
+        results, divergences = evaluate(
+            models, tokenizer, ["lambada_openai"], texts, batch_size=16, data="bundled", progress=progress
+        )
+        prompt = texts["novels"][None, :512]
+        quick, slow = measure_speed(list(models.values()), prompt, new_tokens=64, rounds=3, progress=progress)
+        paragraph = _write(models["W8A8"], tokenizer)
+
+    table = Table("", "float", "W8A8", "", box=box.SIMPLE_HEAD)
+    before, after = bytes_on_disk
+    table.add_row("weights on disk", size(before), size(after), f"{before / after:.2f}x smaller")
+    table.add_row("  of which the blocks, bits a weight", f"{bodies[0]:.2f}", f"{bodies[1]:.2f}", "")
+    for name in texts:
+        q, f, d = results[0].texts[name], results[1].texts[name], divergences[name]
+        change = f"{100 * (q.perplexity / f.perplexity - 1):+.2f} %"
+        table.add_row(f"{name}: perplexity", f"{f.perplexity:.3f}", f"{q.perplexity:.3f}", change)
+        table.add_row("  KL to float, nats a token", "", f"{d.mean_kl:.5f}", f"99.9 % of tokens below {d.p999_kl:.3f}")
+        table.add_row("  same most likely token", "", f"{100 * d.top1_agreement:.2f} %", "")
+    _lambada(table, results[1].tasks[0], results[0].tasks[0])
+    for what, key in (("reading a prompt of 512", "prefill"), ("writing", "decode")):
+        f, q = getattr(slow, key), getattr(quick, key)
+        table.add_row(f"{what}, tokens/s", f"{f:,.0f}", f"{q:,.0f}", f"{q / f:.2f}x")
+    console = Console()
+    (console if console.is_terminal else Console(width=120)).print(table)
+    click.echo("(the model saw the novels in training; it is far too small for LAMBADA accuracy)")
+    click.echo(f"\nW8A8 writes:\n{paragraph}")
+
+
+def _weights(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _body_bits(checkpoint: Any) -> float:
+    """Bits on disk for each parameter of the float blocks, scales included."""
+    nbytes = parameters = 0
+    for name, theirs in checkpoint.names.items():
+        entry = checkpoint.files.entries[theirs]
+        if name.startswith("backbone.layers."):
+            count = torch.Size(entry.shape).numel()
+            nbytes += count * entry.dtype.itemsize
+            parameters += 0 if "scale" in name else count
+    return 8 * nbytes / parameters
+
+
+def _lambada(table: Table, before: Any, after: Any) -> None:
+    for metric, title in (("loglikelihood_per_word", "log-likelihood of the last word"), ("acc", "accuracy")):
+        cells = []
+        for task in (before, after):
+            found = task.metrics[metric]
+            cells.append(f"{found.value:.3f}" + ("" if found.stderr is None else f" ± {found.stderr:.3f}"))
+        note = ""
+        if metric == "loglikelihood_per_word":
+            difference, error = paired_difference(after.logliks, before.logliks)
+            note = f"{difference:+.4f} ± {error:.4f} (paired)"
+        table.add_row(f"LAMBADA, {after.samples} rows: {title}", *cells, note)
+
+
+def _write(model: Any, tokenizer: Any) -> str:
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    torch.manual_seed(0)
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=100,
+        do_sample=True,
+        temperature=0.7,
+        top_p=0.9,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return tokenizer.decode(out[0], skip_special_tokens=True)
+
+
+if __name__ == "__main__":
+    main()
