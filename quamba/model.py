@@ -85,6 +85,7 @@ class QuambaLMHeadModel(PreTrainedModel, GenerationMixin):
         self.residual_dtype = torch.float32 if config.residual_in_fp32 else None
         self.post_init()
         self.requires_grad_(False)
+        self._check_logits = False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -121,6 +122,11 @@ class QuambaLMHeadModel(PreTrainedModel, GenerationMixin):
     def new_state(self) -> QuambaState:
         """A state to pass as `past_key_values`; the first forward allocates it."""
         return QuambaState([cast(Block, block).state_spec() for block in self.backbone.layers])
+
+    def generate(self, *args: Any, **kwargs: Any):
+        """transformers' `generate`. Raises QuambaError if the first logits are NaN or infinite."""
+        self._check_logits = True
+        return super().generate(*args, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args: Any, **kwargs: Any) -> None:
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
@@ -167,6 +173,10 @@ class QuambaLMHeadModel(PreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
         x = x[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else kept]
         logits = self.lm_head(self.backbone.norm_f(x, self.backbone.scales("head_in")))
+        if self._check_logits:
+            self._check_logits = False
+            if not bool(torch.isfinite(logits[:, -1]).all()):
+                raise QuambaError("the model's logits are NaN or infinite: its weights or scales are damaged")
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten().to(logits.device))

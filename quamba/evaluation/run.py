@@ -36,7 +36,9 @@ def evaluate(
     divergences: dict[str, Divergence] = {}
     for text, ids in (texts or {}).items():
         if len(networks) == 2:
-            found = compare(*networks, ids, context, progress=_titled(progress, f"perplexity and KL on {text}"))
+            found = compare(
+                networks[0], networks[1], ids, context, progress=_titled(progress, f"perplexity and KL on {text}")
+            )
             divergences[text] = found
             results[0].texts[text], results[1].texts[text] = found.score, found.reference_score
         else:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from quamba.errors import CheckpointError, QuambaError
 from quamba.formats.artifact import ArtifactWriter, block_shard
-from quamba.formats.checkpoint import Checkpoint, open_checkpoint
+from quamba.formats.checkpoint import Checkpoint, is_finite, open_checkpoint
 
 _HUB_KEYS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 # What transformers' Auto classes and pipelines pass along and this loader has no use for.
@@ -44,7 +44,7 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: torc
         model = QuambaLMHeadModel(config)
     model.to(dtype or config.dtype)
     wanted = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-    tensors = {name: _as(tensor, wanted[name]) for name, tensor in checkpoint.read(checkpoint.names).items()}
+    tensors = {name: cast(tensor, wanted[name]) for name, tensor in checkpoint.read(checkpoint.names).items()}
     if config.tie_word_embeddings:
         tensors["lm_head.weight"] = tensors["backbone.embedding.weight"]
     model.load_state_dict(tensors, strict=True, assign=True)
@@ -57,8 +57,14 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: torc
     return model if device is None else model.to(device)
 
 
-def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)`, or QuambaError if a value is too large for it."""
+    if tensor.dtype == dtype:
+        return tensor
+    result = tensor.to(dtype)
+    if dtype == torch.float16 and not is_finite(result):
+        raise QuambaError("weights of this model are too large for float16: use --dtype bfloat16 or float32")
+    return result
 
 
 def _generation_config(model: nn.Module, folder: Path) -> None:

@@ -56,7 +56,9 @@ class Linear(PreciseModule):
 
     def forward(self, x: Tensor | QTensor, out: Output | None = None, add_bias: bool = True):
         """x `[..., in]`; with `out`, the result goes to that site (or those sites) instead of coming back as float."""
-        bias = self.bias if add_bias else None
+        bias: Tensor | None = self.bias if add_bias else None
+        if bias is not None and self.weight_scale is not None:
+            bias = bias.float()
         inv = None if out is None else out.inv
         y: Tensor
         if isinstance(x, QTensor):

@@ -159,8 +159,8 @@ class Mamba1(PreciseModule):
     @torch.no_grad()
     def fold_norm(self, weight: Tensor) -> None:
         """Multiply the norm's weight `[D]` into in_proj's columns (float weights; the norm then has weight 1)."""
-        folded = self.in_proj.weight.double() * weight.double()
-        self.in_proj.weight.copy_(folded)
+        for rows in self.in_proj.weight.split(256):  # a float64 copy of all of it would be the peak of memory
+            rows.copy_(rows.double() * weight.double())
 
     @torch.no_grad()
     def rotate(self, rotations: dict[str, Rotation]) -> None:

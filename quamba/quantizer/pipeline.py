@@ -16,6 +16,7 @@ from quamba.config import QuambaConfig
 from quamba.errors import QuambaError
 from quamba.formats.artifact import ArtifactWriter, block_shard, write_atomically
 from quamba.formats.checkpoint import Checkpoint
+from quamba.formats.load import cast
 from quamba.formats.tokenizer import copy_tokenizer
 from quamba.model import Block
 from quamba.plan import BlockPlan, Plan
@@ -120,7 +121,7 @@ class _Job:
         return int(1.01 * sum(sizes)) + 1_000_000
 
     def _as_float(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.to(self.config.dtype) for name, tensor in tensors.items()}
+        return {name: cast(tensor, self.config.dtype) for name, tensor in tensors.items()}
 
     def _embedding(self) -> None:
         name = "backbone.embedding.weight"

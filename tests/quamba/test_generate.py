@@ -9,6 +9,7 @@ from transformers import GenerationConfig
 import quamba
 from quamba import QuambaLMHeadModel
 from quamba.config import QuambaConfig
+from quamba.errors import QuambaError
 
 
 def tiny(vocab, seed=0):
@@ -167,3 +168,10 @@ def test_streamer_and_stopping_criteria(model):
     assert keep.seen == [*out[0].tolist(), "end"]
     short = model.generate(ids, max_new_tokens=50, stopping_criteria=StoppingCriteriaList([MaxTimeCriteria(0.0)]))
     assert short.shape[1] == 5
+
+
+def test_broken_weights_are_named_instead_of_sampled_from():
+    model = tiny(20)
+    model.backbone.layers[0].mixer.D.data[3] = float("nan")
+    with pytest.raises(QuambaError, match="NaN"):
+        model.generate(random_ids(20, 4), max_new_tokens=2)

@@ -121,3 +121,12 @@ def test_unknown_mixer_and_argument_are_named():
         QuambaLMHeadModel(
             QuambaConfig(blocks=[{"mixer": "mamba1", "args": {"intermediate_size": 8, "state_sise": 4}, "mlp": None}])
         )
+
+
+def test_weights_too_large_for_float16_are_refused(tmp_path):
+    theirs, _ = make_pair(tmp_path)
+    with torch.no_grad():
+        theirs.backbone.norm_f.weight[2] = 1e6
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(QuambaError, match="too large for float16"):
+        QuambaLMHeadModel.from_pretrained(tmp_path, dtype="float16")
