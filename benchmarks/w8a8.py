@@ -2,8 +2,8 @@
 
     python benchmarks/w8a8.py [MODEL] [--data DIR] [--threads N] [--rounds N] [--out FILE]
 
-Float32 for everything that isn't integer. Texts: the bundled samples, or with --data the whole wikitext2_test.txt and
-wikitext2_raw_test.txt of that folder, and its lambada_openai_test.jsonl. Writes FILE.md and FILE.json.
+Float32 for everything that isn't integer. Texts: the bundled samples; with --data also the whole wikitext2_test.txt,
+wikitext2_raw_test.txt and lambada_openai_test.jsonl of that folder, for ours only. Writes FILE.md and FILE.json.
 """
 
 import argparse
@@ -79,17 +79,25 @@ def main() -> None:
     reference = models["quamba float32"]
     size = {name: sum(p.numel() * p.element_size() for p in set(model.parameters())) for name, model in models.items()}
 
-    sources = ["wikitext", "novels"]
+    sources: list = ["wikitext", "novels"]
     if options.data:
-        sources = [options.data / "wikitext2_test.txt", options.data / "wikitext2_raw_test.txt", "novels"]
+        sources += [options.data / "wikitext2_test.txt", options.data / "wikitext2_raw_test.txt"]
     rows = {name: {"model": name, "bytes": size[name]} for name in models}
     for source in sources:
         name, ids = Path(source).stem, encode_text(tokenizer, source)
-        for label, model in models.items():
-            say(f"{label}: {name}")
-            rows[label][f"{name} perplexity"] = score_text(model, ids).perplexity
-        divergence = compare(quantized, reference, ids)
-        rows["quamba W8A8"] |= {f"{name} KL": divergence.mean_kl, f"{name} top-1": divergence.top1_agreement}
+        say(name)
+        if isinstance(source, str):
+            rows["transformers float32"][f"{name} perplexity"] = score_text(
+                models["transformers float32"], ids
+            ).perplexity
+        found = compare(quantized, reference, ids)
+        rows["quamba float32"][f"{name} perplexity"] = found.reference_score.perplexity
+        rows["quamba W8A8"] |= {
+            f"{name} perplexity": found.score.perplexity,
+            f"{name} KL": found.mean_kl,
+            f"{name} KL, 99.9th percentile": found.p999_kl,
+            f"{name} top-1 agreement": found.top1_agreement,
+        }
     if options.data:
         lambada(options.data / "lambada_openai_test.jsonl", models, tokenizer, rows)
 

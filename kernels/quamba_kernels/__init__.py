@@ -94,7 +94,8 @@ def describe(device: torch.device | str = "cpu") -> str:
 
     device = torch.device(device)
     if backend_name(device) == "cpu":
-        return f"C++ kernels ({cpu.instruction_set()}, {torch.get_num_threads()} threads)"
+        count = cpu.threads()
+        return f"C++ kernels ({cpu.instruction_set()}, {count} thread{'s' if count > 1 else ''})"
     if device.type == "cpu" and _forced == "auto":
         return f"torch reference kernels ({cpu.why_not()})"
     return "torch reference kernels"

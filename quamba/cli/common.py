@@ -57,9 +57,9 @@ def _writable(ctx: click.Context, option: click.Parameter, path: Path | None) ->
 def running_on(backend: str, device: str | None) -> Iterator[None]:
     """Choose the backend, and say once on stderr what the command runs on."""
     import quamba_kernels
-    from quamba.formats.load import _device
+    from quamba.formats.load import as_device
 
-    _device(device, None)
+    as_device(device, None)
     try:
         context = quamba_kernels.backend(backend)
         context.__enter__()

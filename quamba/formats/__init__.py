@@ -15,8 +15,8 @@ _HOME = {
     "open_checkpoint": "checkpoint",
     "load_model": "load",
     "save_model": "load",
-    "find": "locate",
-    "locate": "locate",
+    "find": "location",
+    "locate": "location",
     "copy_tokenizer": "tokenizer",
     "load_tokenizer": "tokenizer",
 }
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from quamba.formats.artifact import ArtifactWriter, expected_tensors, is_artifact
     from quamba.formats.checkpoint import Checkpoint, checkpoint_of, open_checkpoint
     from quamba.formats.load import load_model, save_model
-    from quamba.formats.locate import find, locate
+    from quamba.formats.location import find, locate
     from quamba.formats.tokenizer import copy_tokenizer, load_tokenizer
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from quamba.config import QuambaConfig
 from quamba.errors import CheckpointError, QuambaError
 from quamba.formats import artifact, mamba_ssm, transformers
-from quamba.formats.locate import Location, locate
+from quamba.formats.location import Location, locate
 from quamba.formats.tensors import LiveTensors, TensorFiles, read_json
 
 TIED = "lm_head.weight"

@@ -32,7 +32,7 @@ def load_model(model: str, *, dtype: Any = "auto", device: Any = None, device_ma
     kwargs = {k: v for k, v in kwargs.items() if v is not None and k not in _IGNORED and not k.startswith("_")}
     if kwargs:
         raise TypeError(f"from_pretrained doesn't know {', '.join(sorted(kwargs))}")
-    return build(open_checkpoint(model, **hub), _dtype(dtype), _device(device, device_map))
+    return build(open_checkpoint(model, **hub), as_dtype(dtype), as_device(device, device_map))
 
 
 def build(checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: torch.device | None = None):
@@ -77,7 +77,7 @@ def _generation_config(model: nn.Module, folder: Path) -> None:
             raise CheckpointError(f"can't read {folder / 'generation_config.json'}: {error}") from error
 
 
-def _dtype(dtype: Any) -> torch.dtype | None:
+def as_dtype(dtype: Any) -> torch.dtype | None:
     if dtype is None or dtype == "auto":
         return None
     if isinstance(dtype, str):
@@ -87,7 +87,7 @@ def _dtype(dtype: Any) -> torch.dtype | None:
     return dtype
 
 
-def _device(device: Any, device_map: Any) -> torch.device | None:
+def as_device(device: Any, device_map: Any) -> torch.device | None:
     if isinstance(device_map, dict):
         if set(device_map) != {""}:
             raise QuambaError("a model is loaded onto one device: device_map can't split it")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from quamba.errors import CheckpointError, DataError
-from quamba.formats.locate import TOKENIZER_FILES, locate
+from quamba.formats.location import TOKENIZER_FILES, locate
 
 # state-spaces' repositories carry no tokenizer; their model cards name this one.
 STATE_SPACES_TOKENIZER = "EleutherAI/gpt-neox-20b"

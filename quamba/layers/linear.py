@@ -22,7 +22,7 @@ class Linear(PreciseModule):
     | int8 | float | weight-only |
     | float | QTensor | TypeError |
 
-    weight `[out, in]`, float or int8; `weight_scale` float32 `[out]` with int8; bias optional. `input_site` says that
+    weight `[out, in]`, float or int8; `weight_scale` float32 `[out]` with int8; bias optional. `integer_input` says that
     the plan gives this layer an integer input: then a float one is a TypeError, not a silent detour.
     """
 

@@ -48,7 +48,7 @@ def quantize(
     same versions and number of threads, give identical files.
     """
     from quamba.formats import checkpoint_of, load_model, load_tokenizer, open_checkpoint
-    from quamba.formats.load import _device, _dtype
+    from quamba.formats.load import as_device, as_dtype
 
     checkpoint = open_checkpoint(str(model)) if isinstance(model, str | Path) else checkpoint_of(model)
     if isinstance(recipe, str):
@@ -78,8 +78,8 @@ def quantize(
         recipe,
         chosen,
         Path(out),
-        dtype=_dtype(dtype),
-        device=_device(device, None),
+        dtype=as_dtype(dtype),
+        device=as_device(device, None),
         overwrite=overwrite,
         tokenizer=tokenizer,
         progress=progress,
