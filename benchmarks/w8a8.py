@@ -164,8 +164,8 @@ def cell(row: dict, key: str) -> str:
     if key == "bytes":
         return f"{value / 1e6:.2f} MB"
     spread = row.get(key.split()[0] + " range") if key.endswith("tokens/s") else None
-    digits = max(0, 3 - int(math.log10(abs(value)))) if value else 0
-    text = f"{value:.{min(digits, 5)}f}"
+    digits = max(0, 4 - int(math.log10(abs(value)))) if value else 0
+    text = f"{value:.{0 if spread else min(digits, 5)}f}"
     return text + (f" ({spread[0]:.0f} to {spread[1]:.0f})" if spread else "")
 
 

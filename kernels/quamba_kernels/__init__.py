@@ -17,6 +17,7 @@ falls through to the reference.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from types import ModuleType
 
@@ -46,21 +47,27 @@ BACKENDS = ("auto", "reference", "cpu")
 _forced = "auto"
 
 
+@functools.cache
 def _cpu_backend() -> ModuleType | None:
     from quamba_kernels import cpu
 
     return cpu if cpu.available() else None
 
 
-def _pick(device: torch.device) -> ModuleType:
-    if _forced == "reference" or device.type != "cpu":
+def _pick(device_type: str, forced: str) -> ModuleType:
+    if forced == "reference" or device_type != "cpu":
         return reference
     return _cpu_backend() or reference
 
 
-def _op(name: str, device: torch.device) -> Callable:
-    backend = _pick(device)
+@functools.cache
+def _resolve(name: str, device_type: str, forced: str) -> Callable:
+    backend = _pick(device_type, forced)
     return getattr(backend if name in backend.__all__ else reference, name)
+
+
+def _op(name: str, device: torch.device) -> Callable:
+    return _resolve(name, device.type, _forced)
 
 
 @contextlib.contextmanager
@@ -85,7 +92,7 @@ def backend(name: str) -> Iterator[None]:
 
 def backend_name(device: torch.device | str = "cpu") -> str:
     """Name of the backend that ops on `device` run on now: `reference` or `cpu`."""
-    return _pick(torch.device(device)).__name__.rsplit(".", 1)[-1]
+    return _pick(torch.device(device).type, _forced).__name__.rsplit(".", 1)[-1]
 
 
 def describe(device: torch.device | str = "cpu") -> str:
