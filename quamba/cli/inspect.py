@@ -89,7 +89,9 @@ def _components(mixer: Any, block: Any, sizes: dict[str, int]) -> list[dict[str,
 
 
 def _site(spec: Any) -> str:
-    return "float" if spec.is_float else f"int{spec.bits} {spec.scale} per {spec.axis}"
+    if spec.is_float:
+        return "float"
+    return f"int{spec.bits} per token" if spec.scale == "token" else f"int{spec.bits} static per {spec.axis}"
 
 
 def _print(results: dict[str, Any]) -> None:

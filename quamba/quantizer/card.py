@@ -14,7 +14,7 @@ tags: [quamba, mamba, quantized]
 
 # {name}, quantized with recipe `{recipe}`
 
-Made with [quamba](https://pypi.org/project/quamba/) {version} from `{base}`: {layers} blocks, {hidden} wide,
+Made with quamba {version} from `{base}`: {layers} blocks, {hidden} wide,
 float parts in {dtype}. Static scales come from {samples} windows of {seq_len} tokens of the calibration text
 `{source}` (seed {seed}).
 
