@@ -14,6 +14,9 @@ from typing import Any
 from quamba.errors import QuambaError
 from quamba.formats.artifact import is_artifact, write_atomically
 
+MARK = "replaced.json"
+"""In an artifact that is being replaced. A folder `<out>.old` without it is somebody's own."""
+
 
 class RunFolder:
     """`<out>.partial/` while at work, `<out>` when finished. A context manager holding an exclusive lock.
@@ -84,18 +87,29 @@ class RunFolder:
             raise QuambaError(
                 f"{self.out} holds something else than a quantized model, which --overwrite won't replace"
             )
+        if self.out.exists() and self.old.exists() and not (self.old / MARK).exists():
+            raise QuambaError(f"{self.old} is in the way: {self.out.name} moves there for a moment. Rename it first")
         parent = next(p for p in self.path.absolute().parents if p.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise QuambaError(f"can't write to {parent}: choose another folder with -o")
 
     def _repair(self) -> None:
         """An earlier run was killed between moving the old artifact away and moving the new one in."""
-        if self.old.exists():
+        if (self.old / MARK).exists():
             if self.out.exists():
-                shutil.rmtree(self.old)
+                self._delete_old()
             else:
                 self.old.rename(self.out)
+                (self.out / MARK).unlink()
                 self.check()
+
+    def _delete_old(self) -> None:
+        """The mark goes last: torn off half-way, the rest is still known as ours."""
+        for entry in self.old.iterdir():
+            if entry.name != MARK:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        (self.old / MARK).unlink()
+        self.old.rmdir()
 
     def need(self, nbytes: int) -> None:
         """QuambaError if the device has less space left than `nbytes`."""
@@ -130,12 +144,14 @@ class RunFolder:
         (self.path / "run.json").unlink()
         assert self._lock is not None
         os.fsync(self._lock)
-        if self.out.exists():
+        replaces = self.out.exists()
+        if replaces:
+            write_atomically(self.out / MARK, b"{}\n")
             self.out.rename(self.old)
         self.path.rename(self.out)
         _sync(self.out.parent)
-        if self.old.exists():
-            shutil.rmtree(self.old)
+        if replaces:
+            self._delete_old()
 
 
 def _sync(folder: Path) -> None:

@@ -17,6 +17,7 @@ from quamba import QuambaLMHeadModel
 from quamba.errors import QuambaError
 from quamba.formats import artifact
 from quamba.quantizer import pipeline
+from quamba.quantizer.run import MARK
 from quamba.recipe import configs_dir
 from tests.quamba.quantizer.conftest import Stop, contents, stop_before
 
@@ -153,6 +154,7 @@ def test_a_second_run_into_the_same_folder_is_refused(tiny, run, tmp_path):
 def test_the_lock_is_released_after_success_refusal_and_failure(tiny, run, tmp_path):
     source, out = tiny(), tmp_path / "out"
     run(source, out)
+    (out / MARK).write_bytes(b"{}")
     out.rename(tmp_path / "out.old")  # killed between the two renames
     with pytest.raises(QuambaError, match="exists"):
         run(source, out)
@@ -171,16 +173,30 @@ def test_an_interrupted_swap_is_repaired(tiny, run, tmp_path):
     expected = contents(out)
     # Killed after the new folder moved in, before the old one was deleted.
     old.mkdir()
+    (old / MARK).write_bytes(b"{}")
     (old / "half.safetensors").write_bytes(b"deleted half way")
     run(source, out, overwrite=True)
     assert not old.exists()
     assert contents(out) == expected
     # Killed in between: the old artifact is the only one, and comes back when the next run is torn off.
+    (out / MARK).write_bytes(b"{}")
     out.rename(old)
     with pytest.raises(Stop), stop_before(0):
         run(source, out, overwrite=True)
     assert contents(out) == expected
     assert not old.exists()
+
+
+def test_somebodys_own_folder_of_that_name_is_left_alone(tiny, run, tmp_path):
+    source, out, old = tiny(), tmp_path / "out", tmp_path / "out.old"
+    run(source, out)
+    out.rename(old)  # a backup, by hand
+    kept = contents(old)
+    run(source, out)
+    assert contents(old) == kept and contents(out) == kept
+    with pytest.raises(QuambaError, match=r"out\.old is in the way"):
+        run(source, out, overwrite=True)
+    assert contents(old) == kept and contents(out) == kept
 
 
 def full_disk(*args, **kwargs):
