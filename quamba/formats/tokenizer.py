@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +45,19 @@ def _read(folder: Path) -> Any:
 
     try:
         if (folder / "tokenizer_config.json").is_file():
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
         else:
-            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), padding_side="left")
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
         raise DataError(f"the tokenizer in {folder} can't be read: {str(error).splitlines()[0]}") from error
-    tokenizer.padding_side = "left"
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def copy_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write the tokenizer's files into an artifact."""
+    """Write the tokenizer's files into an artifact, padding on the left whatever the object does."""
     tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) | {"padding_side": "left"}
+    file.write_text(json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
