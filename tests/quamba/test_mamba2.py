@@ -302,6 +302,17 @@ def test_folding_and_rotating_change_nothing(args):
     torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-5)
 
 
+def test_the_quantizer_runs_a_recipe_that_only_rotates(tmp_path):
+    make_theirs(tmp_path / "float", head_dim=4, num_heads=24, expand=3, time_step_limit=(0.0, 0.5))
+    ids = torch.randint(0, 64, (3, 12))
+    rotated = quamba.quantize(
+        tmp_path / "float", Recipe("turned", "mamba2", rotate=("out_proj",)), calibration=ids, out=tmp_path / "turned"
+    )
+    assert rotated.config.plan.blocks[0].rotations["out_proj"].n == 96
+    expected = QuambaLMHeadModel.from_pretrained(tmp_path / "float")(ids).logits
+    torch.testing.assert_close(rotated(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "pair",
     [[0.0, math.inf], ["0", "inf"], (0, {"__float__": "Infinity"}), [0.0, "Infinity"]],
