@@ -1,6 +1,7 @@
 """Kernels for quantized state space models: the contract of every op, and the one place that picks a backend.
 
-Letters: B batch, L tokens, C channels, M rows (B*L), K inputs, N outputs; in scans I is d_inner and N is d_state.
+Letters: B batch, L tokens, C channels, M rows (B*L), K inputs, N outputs; in scans I is d_inner, N is d_state, and
+Mamba2 has H heads of P channels (I = H*P) in G groups.
 Layouts: activations are token-major `[..., channels]`; weights `[out, in]` row-major.
 
 Numbers (all backends): integers are symmetric int8. `scale` turns a code into a real (`real = code * scale`); `inv` turns
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator
 from types import ModuleType
 
@@ -32,6 +34,7 @@ __all__ = [
     "causal_conv1d",
     "describe",
     "embedding",
+    "gated_rms_norm",
     "hadamard",
     "int8_matmul",
     "linear",
@@ -39,6 +42,7 @@ __all__ = [
     "quantize_per_token",
     "rms_norm",
     "selective_scan",
+    "ssd_scan",
     "w8_linear",
     "w8a8_linear",
 ]
@@ -161,6 +165,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, inv: Tensor | None = None) -
     return _op("rms_norm", x.device)(x, weight, eps, inv)
 
 
+def gated_rms_norm(
+    x: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int = 1, norm_before_gate: bool = False
+) -> Tensor:
+    """Mamba2's norm with its gate (arXiv 2405.21060, section 7.1), in float32; returned in `weight.dtype`:
+
+        norm(x * silu(z)) * weight           or, with norm_before_gate,  norm(x) * weight * silu(z)
+        norm(v) = v * rsqrt(mean(v^2) + eps), the mean over each of `groups` equal runs of channels
+
+    x, z float `[..., I]`; weight `[I]`; I a multiple of groups. Tolerance between backends: 1e-5 relative to the largest
+    output.
+    """
+    return _op("gated_rms_norm", x.device)(x, z, weight, eps, groups, norm_before_gate)
+
+
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -214,6 +232,38 @@ def selective_scan(
     """
     return _op("selective_scan", u.device)(
         u, dt, A, B, C, D, z, dt_bias, state=state, mask=mask, u_scale=u_scale, z_scale=z_scale
+    )
+
+
+def ssd_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    *,
+    state: Tensor | None = None,
+    mask: Tensor | None = None,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    chunk_size: int = 256,
+) -> Tensor:
+    """Mamba2's scan (arXiv 2405.21060, section 6 and listing 1), without its gate, in float32:
+
+        dt_t = clamp(softplus(dt_t + dt_bias), *dt_limit)               (softplus is the identity above 20)
+        h_t  = exp(dt_t * A) * h_{t-1} + dt_t * x_t B_tᵀ                [H, P, N]
+        y_t  = h_t C_t + D * x_t                                        [H, P]
+
+    x `[B, L, H, P]`; dt `[B, L, H]`; A `[H]` (negative); B, C `[B, L, G, N]`, each shared by H/G successive heads;
+    D `[H]` or `[H, P]`; dt_bias `[H]`; all float, in any strides. state float32 `[B, H, P, N]`, the start, overwritten in
+    place with the end (zeros and discarded when None). mask bool `[B, L]`: a False token has x = 0 and dt = 0, whatever
+    dt_limit. chunk_size: tokens that a backend may work on at once; it changes the speed, not the result.
+    Returns float32 `[B, L, H, P]`. Tolerance between backends, chunk sizes and splits of the sequence over calls: 1e-5
+    relative to the largest output.
+    """
+    return _op("ssd_scan", x.device)(
+        x, dt, A, B, C, D, dt_bias, state=state, mask=mask, dt_limit=dt_limit, chunk_size=chunk_size
     )
 
 

@@ -69,7 +69,7 @@ def open_checkpoint(model: str, **hub: Any) -> Checkpoint:
 
 
 def checkpoint_of(model: Any) -> Checkpoint:
-    """A live float model (ours, or transformers' MambaForCausalLM) as a checkpoint. Raises CheckpointError."""
+    """A live float model (ours, or transformers' Mamba or Mamba2) as a checkpoint. Raises CheckpointError."""
     name = getattr(model, "name_or_path", "") or type(model).__name__
     location = Location(Path(), Path(name).name)
     data = model.config.to_dict() | {"dtype": str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")}
@@ -86,7 +86,7 @@ def _identify(
         kind = data.get("model_type") or data.get("architectures") or "no model_type"
         raise CheckpointError(
             f"{config_file} describes an architecture that isn't supported ({kind}); "
-            "supported: Mamba1 in mamba-ssm's or transformers' layout, and quamba's own artifacts"
+            "supported: Mamba1 and Mamba2 in mamba-ssm's or transformers' layout, and quamba's own artifacts"
         )
     layout = _LAYOUTS[name]
     try:

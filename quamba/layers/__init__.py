@@ -4,8 +4,18 @@ from quamba.layers.conv1d import CausalConv1d
 from quamba.layers.embedding import Embedding
 from quamba.layers.hadamard import Hadamard
 from quamba.layers.linear import Linear
-from quamba.layers.norm import RMSNorm
+from quamba.layers.norm import GatedRMSNorm, RMSNorm
 from quamba.layers.precise import PreciseModule
 from quamba.layers.sites import Output, Sites
 
-__all__ = ["CausalConv1d", "Embedding", "Hadamard", "Linear", "Output", "PreciseModule", "RMSNorm", "Sites"]
+__all__ = [
+    "CausalConv1d",
+    "Embedding",
+    "GatedRMSNorm",
+    "Hadamard",
+    "Linear",
+    "Output",
+    "PreciseModule",
+    "RMSNorm",
+    "Sites",
+]

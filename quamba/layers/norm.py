@@ -1,4 +1,4 @@
-"""Root-mean-square norm, float or integer out, decided by the site it writes to."""
+"""Root-mean-square norms: the blocks' own, float or integer out, decided by the site it writes to; and Mamba2's."""
 
 import torch
 from torch import Tensor, nn
@@ -18,3 +18,16 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor, out: Output):
         weight = self.weight.float() if out.integer else self.weight
         return out.finish(kernels.rms_norm(x, weight, self.eps, out.inv))
+
+
+class GatedRMSNorm(nn.Module):
+    """Mamba2's norm, per group of channels, with its gate. weight `[I]`. Computed in float32, returned in its dtype."""
+
+    def __init__(self, width: int, eps: float, groups: int = 1, norm_before_gate: bool = False):
+        super().__init__()
+        self.eps, self.groups, self.norm_before_gate = eps, groups, norm_before_gate
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        """x, z `[..., I]`, float."""
+        return kernels.gated_rms_norm(x, z, self.weight, self.eps, self.groups, self.norm_before_gate)

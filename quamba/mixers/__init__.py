@@ -14,8 +14,11 @@ A mixer class gives
 A new family is one file here, one mapping in `formats/`, one test file, and one row below.
 """
 
+from typing import Any
+
 from quamba.mixers.mamba1 import Mamba1
+from quamba.mixers.mamba2 import Mamba2
 
-MIXERS = {"mamba1": Mamba1}
+MIXERS: dict[str, Any] = {"mamba1": Mamba1, "mamba2": Mamba2}
 
-__all__ = ["MIXERS", "Mamba1"]
+__all__ = ["MIXERS", "Mamba1", "Mamba2"]

@@ -18,6 +18,7 @@ from quamba.formats.artifact import ArtifactWriter, block_shard, write_atomicall
 from quamba.formats.checkpoint import Checkpoint
 from quamba.formats.load import cast
 from quamba.formats.tokenizer import copy_tokenizer
+from quamba.mixers import MIXERS
 from quamba.model import Block
 from quamba.plan import BlockPlan, Plan
 from quamba.quantizer.calibration import CalibrationSet
@@ -81,7 +82,7 @@ class _Job:
         self.progress = progress or (lambda done, total, text: None)
         self.writer = ArtifactWriter(folder.path, config)
         samples, seq_len = ids.shape
-        widest = max(max(block["args"].values()) for block in config.blocks)
+        widest = max(_widest_site(block, config.hidden_size) for block in config.blocks)
         self.batch = max(1, min(samples, BATCH_ELEMENTS // (seq_len * widest)))
         self.steps = -(-samples // self.batch)  # batches in one pass
         self.key = {
@@ -185,6 +186,11 @@ class _Job:
             block.norm.weight.fill_(1.0)
         block.mixer.rotate(plan.rotations)
         return block.to(self.device)
+
+
+def _widest_site(block: dict[str, Any], hidden_size: int) -> int:
+    mixer = MIXERS[block["mixer"]]
+    return max(mixer.site_widths(mixer.Args(**block["args"]), hidden_size).values())
 
 
 def _provenance(checkpoint: Checkpoint, calibration: CalibrationSet) -> dict[str, Any]:

@@ -11,11 +11,16 @@ from quamba import QuambaLMHeadModel
 from quamba.config import QuambaConfig
 from quamba.errors import QuambaError
 
+SHAPES = {
+    "mamba1": {"intermediate_size": 48, "state_size": 8, "conv_kernel": 4, "time_step_rank": 3},
+    "mamba2": {"num_heads": 6, "head_dim": 8, "state_size": 8, "n_groups": 2, "norm_groups": 2, "chunk_size": 4},
+}
 
-def tiny(vocab, seed=0):
+
+def tiny(vocab, seed=0, mixer="mamba1"):
     torch.manual_seed(seed)
-    args = {"intermediate_size": 48, "state_size": 8, "conv_kernel": 4, "time_step_rank": 3}
-    config = QuambaConfig(vocab_size=vocab, hidden_size=24, blocks=[{"mixer": "mamba1", "args": args, "mlp": None}] * 2)
+    block = {"mixer": mixer, "args": SHAPES[mixer], "mlp": None}
+    config = QuambaConfig(vocab_size=vocab, hidden_size=24, blocks=[block] * 2)
     model = QuambaLMHeadModel(config).eval()
     with torch.no_grad():
         model.backbone.embedding.weight.mul_(40)
@@ -30,10 +35,11 @@ def random_ids(vocab, length, batch=1, seed=3):
 @pytest.fixture(scope="module")
 def models():
     model = tiny(50)
-    return {"float": model, "w8a8": quamba.quantize(model, "w8a8", calibration=random_ids(50, 32, 16))}
+    w8a8 = quamba.quantize(model, "w8a8", calibration=random_ids(50, 32, 16))
+    return {"mamba1": model, "mamba1 w8a8": w8a8, "mamba2": tiny(50, seed=7, mixer="mamba2")}
 
 
-@pytest.fixture(params=["float", "w8a8"])
+@pytest.fixture(params=["mamba1", "mamba1 w8a8", "mamba2"])
 def model(request, models):
     found = models[request.param]
     found.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0)
@@ -72,8 +78,9 @@ def test_cached_equals_uncached(model, options):
     same(cached, run(model, ids, max_new_tokens=12, use_cache=False, **options))
 
 
-def test_float_scores_are_equal_to_1e5(models):
-    model, ids = models["float"], random_ids(50, 7)
+@pytest.mark.parametrize("name", ["mamba1", "mamba2"])
+def test_float_scores_are_equal_to_1e5(models, name):
+    model, ids = models[name], random_ids(50, 7)
     a, b = (run(model, ids, max_new_tokens=12, do_sample=False, use_cache=cache)[1] for cache in (True, False))
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 

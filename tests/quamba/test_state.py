@@ -1,4 +1,4 @@
-"""The state: hand-off at every split, left padding, beams, roll-back; for the float and the quantized model."""
+"""The state: hand-off at every split, left padding, beams, roll-back; for every family, float and quantized."""
 
 import pytest
 import torch
@@ -10,12 +10,16 @@ from quamba.config import QuambaConfig
 VOCAB = 50
 
 
-def float_model(seed=0, **args):
+SHAPES = {
+    "mamba1": {"intermediate_size": 48, "state_size": 8, "conv_kernel": 4, "time_step_rank": 3},
+    "mamba2": {"num_heads": 6, "head_dim": 8, "state_size": 8, "n_groups": 2, "norm_groups": 2, "chunk_size": 4},
+}
+
+
+def float_model(mixer="mamba1", seed=0):
     torch.manual_seed(seed)
-    shape = {"intermediate_size": 48, "state_size": 8, "conv_kernel": 4, "time_step_rank": 3} | args
-    config = QuambaConfig(
-        vocab_size=VOCAB, hidden_size=24, blocks=[{"mixer": "mamba1", "args": shape, "mlp": None}] * 3
-    )
+    block = {"mixer": mixer, "args": SHAPES[mixer], "mlp": None}
+    config = QuambaConfig(vocab_size=VOCAB, hidden_size=24, blocks=[block] * 3)
     model = QuambaLMHeadModel(config).eval()
     with torch.no_grad():
         model.backbone.embedding.weight.mul_(50)  # logits with an opinion
@@ -28,10 +32,11 @@ def float_model(seed=0, **args):
 def models():
     ids = torch.randint(0, VOCAB, (16, 32), generator=torch.Generator().manual_seed(0))
     model = float_model()
-    return {"float": model, "w8a8": quamba.quantize(model, "w8a8", calibration=ids)}
+    w8a8 = quamba.quantize(model, "w8a8", calibration=ids)
+    return {"mamba1": model, "mamba1 w8a8": w8a8, "mamba2": float_model("mamba2")}
 
 
-@pytest.fixture(params=["float", "w8a8"])
+@pytest.fixture(params=["mamba1", "mamba1 w8a8", "mamba2"])
 def model(request, models):
     return models[request.param]
 
@@ -67,7 +72,7 @@ def test_every_split_hands_over(model, tolerance):
 
 def test_first_layer_hands_over_exactly(models):
     """Nothing upstream can differ in the first layer: its integers must be equal bit for bit."""
-    model, ids = models["w8a8"], ids_of(13)
+    model, ids = models["mamba1 w8a8"], ids_of(13)
     whole = model.new_state()
     model(ids, past_key_values=whole)
     for cut in range(1, 13):

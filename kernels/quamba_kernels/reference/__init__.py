@@ -3,13 +3,15 @@
 from quamba_kernels.reference.conv import causal_conv1d
 from quamba_kernels.reference.hadamard import hadamard
 from quamba_kernels.reference.linear import embedding, int8_matmul, linear, w8_linear, w8a8_linear
-from quamba_kernels.reference.norm import rms_norm
+from quamba_kernels.reference.norm import gated_rms_norm, rms_norm
 from quamba_kernels.reference.rounding import quantize, quantize_per_token
 from quamba_kernels.reference.scan import selective_scan
+from quamba_kernels.reference.ssd import ssd_scan
 
 __all__ = [
     "causal_conv1d",
     "embedding",
+    "gated_rms_norm",
     "hadamard",
     "int8_matmul",
     "linear",
@@ -17,6 +19,7 @@ __all__ = [
     "quantize_per_token",
     "rms_norm",
     "selective_scan",
+    "ssd_scan",
     "w8_linear",
     "w8a8_linear",
 ]

@@ -206,6 +206,13 @@ def test_inspect_of_a_float_model_and_of_an_artifact(work, tiny_folder, tiny_art
     assert "token ids given by the caller" in text
 
 
+def test_a_family_that_runs_in_float_only(work):
+    assert "block 0 to 7 (mamba2)" in good("inspect", "mamba2-nano").output
+    assert "The old man" in good("generate", "mamba2-nano", "--prompt", "The old man", "--max-new-tokens", "3").output
+    assert bad(1, "quantize", "mamba2-nano", "--w8a8").startswith("Error: this version has no w8a8 recipe for mamba2")
+    assert not list(work.iterdir())
+
+
 def test_generate_greedy_equals_the_uncached_model(work, tiny_artifact):
     text = "The old man and the"
     result = good("generate", tiny_artifact, "--prompt", text, "--max-new-tokens", "7", "--output", "out.json")

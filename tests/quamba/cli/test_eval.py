@@ -47,6 +47,12 @@ def test_it_takes_the_current_folder_or_the_newest_artifact_in_it(tmp_path, monk
     assert here.exit_code == 0 and "current folder" in here.stdout.splitlines()[0]
 
 
+def test_the_bundled_mamba2(text):
+    result = run("mamba2-nano", "--perplexity", text, "--context", "16")
+    assert result.exit_code == 0, result.output
+    assert "mamba2-nano" in result.output
+
+
 def test_two_models_side_by_side(tmp_path, text, tiny_artifact, tiny_folder):
     out = tmp_path / "results.json"
     options = ("--against", tiny_folder, "--perplexity", text, "--context", 64, "--tokenizer", "mamba1-nano")

@@ -103,8 +103,18 @@ DAMAGES = {
         write("config.json", b'{"model_type": "llama", "hidden_size": 32}'),
         r"config.json .*isn't supported \(llama\); supported: Mamba1",
     ),
-    "Mamba2 of transformers": (write("config.json", b'{"model_type": "mamba2"}'), "mamba2.*it reads mamba"),
-    "Mamba2 of mamba-ssm": (config(ssm_cfg={"layer": "Mamba2"}), "layers are Mamba2; this version reads Mamba1 only"),
+    "a later family of transformers": (
+        write("config.json", b'{"model_type": "falcon_mamba"}'),
+        "falcon_mamba is not read by this version; it reads mamba and mamba2",
+    ),
+    "a later family of mamba-ssm": (
+        config(ssm_cfg={"layer": "Mamba3"}),
+        "layers are Mamba3; this version reads Mamba1 and Mamba2",
+    ),
+    "Mamba1's weights called Mamba2": (
+        config(ssm_cfg={"layer": "Mamba2", "headdim": 8}),
+        "tensors are missing: .*dt_bias",
+    ),
     "hybrid": (config(attn_layer_idx=[1]), r"attn_layer_idx = \[1\]; this version reads"),
     "MLP": (config(d_intermediate=64), "d_intermediate = 64"),
     "layer norm": (config(rms_norm=False), "rms_norm = False"),

@@ -1,0 +1,200 @@
+"""Mamba2's mixer (arXiv 2405.21060, section 7): heads that share B and C by groups, and a norm with the gate in it.
+
+Letters: B batch, L tokens, D hidden size, I intermediate size = H*P, H heads of P channels, G groups, N state size,
+K taps of the convolution.
+
+    z, x B C, dt = split(in_proj(u))              sites z, conv_in, dt    [B, L, I], [B, L, I + 2GN], [B, L, H]
+    x, B, C      = split(silu(conv1d(x B C)))     sites x, B, C           I, GN, GN
+    y            = scan(x, dt, A, B, C, D)        softplus, bias and limits of dt inside the scan
+    y            = norm(y * silu(z))              per group of I / norm_groups channels
+    out          = out_proj(y Hᵀ)                 site  out_proj_in
+
+Kept in float32 whatever the model's dtype: A_log, D, dt_bias.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import quamba_kernels as kernels
+from quamba.errors import QuambaError, RecipeError
+from quamba.layers import CausalConv1d, GatedRMSNorm, Hadamard, Linear, PreciseModule, Sites
+from quamba.plan import BlockPlan, Rotation, SiteSpec, WeightSpec
+from quamba.qtensor import QTensor
+from quamba.schema import choice
+from quamba.state import LayerState
+
+
+@dataclass(frozen=True)
+class Mamba2Args:
+    """n_groups: groups of heads that share B and C; norm_groups: runs of channels that the gated norm looks at one by
+    one; dt_min, dt_max: limits of dt after softplus, None for no limit; D_has_hdim: D per channel, not per head."""
+
+    num_heads: int
+    head_dim: int
+    state_size: int
+    n_groups: int
+    norm_groups: int
+    conv_kernel: int = 4
+    chunk_size: int = 256
+    use_bias: bool = False
+    use_conv_bias: bool = True
+    D_has_hdim: bool = False
+    rms_norm: bool = True
+    norm_before_gate: bool = False
+    norm_epsilon: float = 1e-5
+    dt_min: float = 0.0
+    dt_max: float | None = None
+
+    def __post_init__(self) -> None:
+        sizes = ("num_heads", "head_dim", "state_size", "n_groups", "norm_groups", "conv_kernel", "chunk_size")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise QuambaError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.num_heads % self.n_groups:
+            raise QuambaError(f"{self.num_heads} heads can't be shared out among n_groups = {self.n_groups}")
+        if self.intermediate_size % self.norm_groups:
+            raise QuambaError(f"{self.intermediate_size} channels can't be cut into norm_groups = {self.norm_groups}")
+        if not 0 <= self.dt_min <= self.dt_limit[1]:
+            raise QuambaError(f"dt can't be limited to between {self.dt_min} and {self.dt_max}")
+
+    @property
+    def intermediate_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def group_width(self) -> int:
+        """Channels of B, and of C."""
+        return self.n_groups * self.state_size
+
+    @property
+    def conv_width(self) -> int:
+        return self.intermediate_size + 2 * self.group_width
+
+    @property
+    def dt_limit(self) -> tuple[float, float]:
+        return self.dt_min, math.inf if self.dt_max is None else self.dt_max
+
+
+class Mamba2(PreciseModule):
+    """Parameters: in_proj `[2I + 2GN + H, D]` (rows z, x, B, C, dt), conv1d `[I + 2GN, 1, K]` (rows x, B, C), A_log `[H]`,
+    dt_bias `[H]`, D `[H]` or `[I]`, norm `[I]` unless rms_norm is off, out_proj `[D, I]`."""
+
+    Args = Mamba2Args
+    precise = ("A_log", "D", "dt_bias")
+
+    reads: ClassVar = {"in_proj": "mixer_in", "conv1d": "conv_in", "out_proj": "out_proj_in"}
+    integer_sites: tuple[str, ...] = ()
+
+    def __init__(self, args: Mamba2Args, hidden_size: int, plan: BlockPlan):
+        super().__init__()
+        self.args, self.plan = args, plan
+        inner, heads = args.intermediate_size, args.num_heads
+
+        def linear(name: str, inputs: int, outputs: int) -> Linear:
+            integer = not plan.site(self.reads[name]).is_float
+            return Linear(inputs, outputs, args.use_bias, plan.weight(name), integer)
+
+        self.in_proj = linear("in_proj", hidden_size, inner + args.conv_width + heads)
+        self.conv1d = CausalConv1d(args.conv_width, args.conv_kernel, args.use_conv_bias, plan.weight("conv1d"))
+        self.A_log = nn.Parameter(torch.empty(heads))
+        self.dt_bias = nn.Parameter(torch.empty(heads))
+        self.D = nn.Parameter(torch.empty(inner if args.D_has_hdim else heads))
+        self.norm = None
+        if args.rms_norm:
+            self.norm = GatedRMSNorm(inner, args.norm_epsilon, args.norm_groups, args.norm_before_gate)
+        self.rotation = Hadamard(plan.rotations.get("out_proj"))
+        self.out_proj = linear("out_proj", inner, hidden_size)
+
+    def reset_parameters(self) -> None:
+        """Random weights with the published initial A (between -1 and -16) and dt (between 0.001 and 0.1)."""
+        heads = self.args.num_heads
+        with torch.no_grad():
+            self.A_log.copy_((1 + 15 * torch.rand(heads)).log())
+            self.D.fill_(1.0)
+            dt = torch.exp(torch.rand(heads) * (math.log(0.1) - math.log(0.001)) + math.log(0.001))
+            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+
+    @staticmethod
+    def site_widths(args: Mamba2Args, hidden_size: int) -> dict[str, int]:
+        inner = args.intermediate_size
+        return {
+            "mixer_in": hidden_size,
+            "z": inner,
+            "conv_in": args.conv_width,
+            "dt": args.num_heads,
+            "x": inner,
+            "B": args.group_width,
+            "C": args.group_width,
+            "out_proj_in": inner,
+        }
+
+    @staticmethod
+    def state_shapes(args: Mamba2Args) -> dict[str, tuple[int, ...]]:
+        return {
+            "conv": (args.conv_width, args.conv_kernel - 1),
+            "recurrent": (args.num_heads, args.head_dim, args.state_size),
+        }
+
+    @staticmethod
+    def rotations(args: Mamba2Args) -> dict[str, Rotation]:
+        """The online rotations this family permits, by the linear they stand in front of."""
+        return {"out_proj": Hadamard.plan(args.intermediate_size)}
+
+    @classmethod
+    def check_recipe(cls, sites: dict[str, SiteSpec], weights: dict[str, WeightSpec]) -> None:
+        """RecipeError for every integer entry: there is no integer arithmetic for this family yet."""
+        for name in weights:
+            choice("weights", name, tuple(cls.reads))
+        entries: list[tuple[str, SiteSpec | WeightSpec]] = [(f"sites.{name}", spec) for name, spec in sites.items()]
+        entries += [(f"weights.{name}", spec) for name, spec in weights.items()]
+        for name, spec in entries:
+            if not spec.is_float:
+                raise RecipeError(f"{name} can't be integer: this version quantizes mamba1, and runs mamba2 in float")
+
+    def forward(
+        self, u: Tensor | QTensor, sites: Sites, state: LayerState | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """u `[B, L, D]`; state holds `conv` and `recurrent`, updated in place; mask bool `[B, L]`. Returns `[B, L, D]`."""
+        args = self.args
+        heads, groups = (args.num_heads, args.head_dim), (args.n_groups, args.state_size)
+        z, xBC, dt = self.in_proj(u, sites("z", "conv_in", "dt"))
+        x, B, C = self.conv1d(xBC, sites("x", "B", "C"), None if state is None else state.conv, mask)
+        y = kernels.ssd_scan(
+            x.unflatten(-1, heads),
+            dt,
+            -torch.exp(self.A_log),
+            B.unflatten(-1, groups),
+            C.unflatten(-1, groups),
+            self.D.unflatten(0, heads) if args.D_has_hdim else self.D,
+            self.dt_bias,
+            state=None if state is None else state.recurrent,
+            mask=mask,
+            dt_limit=args.dt_limit,
+            chunk_size=args.chunk_size,
+        ).flatten(-2)
+        y = y * F.silu(z.float()) if self.norm is None else self.norm(y, z)
+        return self.out_proj(self.rotation(y, sites("out_proj_in")))
+
+    @torch.no_grad()
+    def fold_norm(self, weight: Tensor) -> None:
+        """Multiply the block norm's weight `[D]` into in_proj's columns (the norm then has weight 1)."""
+        for rows in self.in_proj.weight.split(256):  # a float64 copy of all of it would be the peak of memory
+            rows.copy_(rows.double() * weight.double())
+
+    @torch.no_grad()
+    def rotate(self, rotations: dict[str, Rotation]) -> None:
+        """Switch the named online rotations on, and turn the weights behind them to match."""
+        for name, rotation in rotations.items():
+            self.rotation = Hadamard(rotation)
+            self.out_proj.weight.copy_(self.rotation.rotate_weight(getattr(self, name).weight))
+
+    @torch.no_grad()
+    def fold_scales(self, scales: dict[str, Tensor], plan: BlockPlan) -> None:
+        """Nothing: no weight of this family holds another site's scales."""
