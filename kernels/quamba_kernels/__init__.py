@@ -51,7 +51,6 @@ BACKENDS = ("auto", "reference", "cpu")
 _forced = "auto"
 
 
-@functools.cache
 def _cpu_backend() -> ModuleType | None:
     from quamba_kernels import cpu
 

@@ -12,7 +12,9 @@ from quamba_kernels.cpu import library
 def fresh(monkeypatch):
     for name in ("_library", "_problem", "_one_thread"):
         monkeypatch.setattr(library, name, None)
-    return monkeypatch
+    quamba_kernels._resolve.cache_clear()
+    yield monkeypatch
+    quamba_kernels._resolve.cache_clear()
 
 
 def test_missing(fresh):
