@@ -158,6 +158,8 @@ class QuambaLMHeadModel(PreTrainedModel, GenerationMixin):
         if state is None and use_cache:
             state = self.new_state()
         if state is not None:
+            if not isinstance(state, QuambaState):
+                raise TypeError(f"past_key_values must come from model.new_state(), not be a {type(state).__name__}")
             state.allocate(x.shape[0], x.device)
         mask = token_mask(attention_mask, x.shape[1], state)
 

@@ -24,15 +24,20 @@ void codes_of(const quamba_rows_args &a, const float *x, int64_t m, const float 
 
 float largest(const float *x, int64_t width) {
     F16 most = splat(0.0f);
+    vi unordered[PARTS] = {};  // a maximum drops NaN; the scale of a row that holds one is NaN
     by_lanes(width, [&](int64_t c, int64_t left) QUAMBA_BODY {
         const F16 v = load(x + c, left);
         for (int i = 0; i < PARTS; ++i) {
             most.part[i] = larger(most.part[i], (vf)((vi)v.part[i] & 0x7fffffff));
+            unordered[i] |= (vi)(v.part[i] != v.part[i]);
         }
     });
     float lanes[LANES], r = 0.0f;
     store(lanes, most);
     for (float v : lanes) r = r > v ? r : v;
+    for (const vi &part : unordered)
+        for (size_t lane = 0; lane < sizeof(vi) / sizeof(int32_t); ++lane)
+            if (part[lane]) return __builtin_nanf("");
     return r;
 }
 

@@ -53,7 +53,9 @@ class Commands(click.Group):
                 raise click.ClickException(f"{error.strerror}: {error.filename or 'writing the output'}") from error
             raise
         except KeyboardInterrupt:
-            raise click.ClickException("interrupted") from None
+            again = "; type the same command again to resume" if ctx.invoked_subcommand == "quantize" else ""
+            click.echo(f"Interrupted{again}", err=True)
+            ctx.exit(130)
 
 
 @click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -16,13 +16,15 @@ from quamba.errors import QuambaError
 
 def model_argument(command: Callable) -> Callable:
     """MODEL. What can be neither a folder nor a hub id is refused before anything heavy is imported."""
-    return click.argument("model", callback=_exists)(command)
+    return click.argument("model", callback=exists)(command)
 
 
-def _exists(ctx: click.Context, option: click.Parameter, model: str) -> str:
+def exists(ctx: click.Context, option: click.Parameter, model: str | None) -> str | None:
+    """Callback of an option or argument that names a model."""
     from quamba.formats import find
 
-    find(model)
+    if model is not None:
+        find(model)
     return model
 
 
@@ -59,14 +61,14 @@ def running_on(backend: str, device: str | None) -> Iterator[None]:
     import quamba_kernels
     from quamba.formats.load import as_device
 
-    as_device(device, None)
+    place = as_device(device, None) or "cpu"
     try:
         context = quamba_kernels.backend(backend)
         context.__enter__()
     except (ValueError, RuntimeError) as error:
         raise QuambaError(str(error)) from error
     try:
-        click.echo(f"running on {quamba_kernels.describe(device or 'cpu')}", err=True)
+        click.echo(f"running on {quamba_kernels.describe(place)}", err=True)
         yield
     finally:
         context.__exit__(None, None, None)

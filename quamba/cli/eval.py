@@ -6,16 +6,16 @@ from pathlib import Path
 
 import click
 
-from quamba.cli.common import model_options, output_option, progress_bar, running_on, write_json
+from quamba.cli.common import exists, model_options, output_option, progress_bar, running_on, write_json
 
 
 @click.command("eval")
-@click.argument("model", required=False)
+@click.argument("model", required=False, callback=exists)
 @click.option("--task", "tasks", metavar="NAME[,NAME]", help="lm-eval tasks, such as lambada_openai,piqa.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first N rows of each task.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--data", metavar="DIR|bundled", help="Folder with <task>.jsonl, or the shipped sample; default: fetch.")
-@click.option("--against", metavar="MODEL", help="Evaluate this one, too, and the distance to it.")
+@click.option("--against", metavar="MODEL", callback=exists, help="Evaluate this one, too, and the distance to it.")
 @click.option(
     "--perplexity", "texts", multiple=True, metavar="FILE", help="A text file, or wikitext, novels (bundled)."
 )
@@ -48,7 +48,11 @@ def eval_command(
     """
     if not (tasks or texts or against):
         raise click.UsageError("say what to measure: --task lambada_openai, --perplexity FILE, or --against MODEL")
+    if not tasks and (limit or data):
+        raise click.UsageError("--limit and --data belong to --task")
     model = model or newest_artifact()
+    if against is not None and model == against:
+        raise click.UsageError(f"{model} can't be compared with itself")
     from rich.console import Console
 
     from quamba.evaluation import encode_text, evaluate, results_dict, results_table

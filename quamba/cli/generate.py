@@ -69,6 +69,8 @@ def generate_command(
             )
         options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
         options = {key: value for key, value in options.items() if value is not None}
+        if options:  # transformers would also keep to the 50 most likely tokens
+            options = {"top_k": 0, "top_p": 1.0} | options
         options["do_sample"] = bool(options)
         if num_beams == 1:
             options["streamer"] = TextStreamer(words, skip_prompt=False, clean_up_tokenization_spaces=False)

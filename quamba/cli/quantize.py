@@ -13,9 +13,9 @@ from quamba.errors import QuambaError
 
 @click.command("quantize")
 @model_argument
-@click.option("--w8a8", "preset", flag_value="w8a8", help="int8 weights and activations.")
-@click.option("--w4a8", "preset", flag_value="w4a8", help="int4 weights, int8 activations.")
-@click.option("--w4a16", "preset", flag_value="w4a16", help="int4 weights, float activations.")
+@click.option("--w8a8", is_flag=True, help="int8 weights and activations.")
+@click.option("--w4a8", is_flag=True, help="int4 weights, int8 activations.")
+@click.option("--w4a16", is_flag=True, help="int4 weights, float activations.")
 @click.option("--recipe", metavar="FILE.yaml", help="A recipe of your own, or the name of one in configs/.")
 @click.option("-o", "--out", metavar="DIR", help="Where to; <model>-<recipe> in the current folder by default.")
 @click.option("--overwrite", is_flag=True, help="Replace DIR if it exists.")
@@ -29,7 +29,9 @@ from quamba.errors import QuambaError
 @output_option
 def quantize_command(
     model: str,
-    preset: str | None,
+    w8a8: bool,
+    w4a8: bool,
+    w4a16: bool,
     recipe: str | None,
     out: str | None,
     overwrite: bool,
@@ -51,7 +53,9 @@ def quantize_command(
 
     Exactly one of --w8a8, --w4a8, --w4a16, --recipe. An interrupted run resumes when you type the same command again.
     """
-    if (preset is None) == (recipe is None):
+    presets = [name for name, chosen in (("w8a8", w8a8), ("w4a8", w4a8), ("w4a16", w4a16)) if chosen]
+    named = presets + ([recipe] if recipe else [])
+    if len(named) != 1:
         raise click.UsageError("say how: exactly one of --w8a8, --w4a8, --w4a16, --recipe FILE.yaml")
     from quamba.formats import open_checkpoint
     from quamba.quantizer import quantize
@@ -59,7 +63,7 @@ def quantize_command(
 
     started = time.monotonic()
     checkpoint = open_checkpoint(model)
-    resolved = Recipe.find(preset or recipe or "", family=checkpoint.config.blocks[0]["mixer"])
+    resolved = Recipe.find(named[0], family=checkpoint.config.blocks[0]["mixer"])
     folder = Path(out or f"{checkpoint.location.name}-{resolved.name}")
     if folder.exists() and not overwrite:
         raise QuambaError(f"{folder} exists: choose another folder (-o) or replace it with --overwrite")

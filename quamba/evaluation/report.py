@@ -74,6 +74,9 @@ def _number(value: float, stderr: float | None) -> str:
     if math.isnan(value):
         return ""
     digits = 4 if abs(value) < 100 else 2
+    smallest = min((abs(x) for x in (value, stderr) if x), default=1.0)
+    if smallest < 0.01:
+        digits = min(7, 1 - math.floor(math.log10(smallest)))  # two digits of it
     return f"{value:.{digits}f}" + ("" if stderr is None else f" ± {stderr:.{digits}f}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ class Checkpoint:
     config: QuambaConfig
     files: TensorFiles | LiveTensors
     names: dict[str, str]
+    live: Any = None  # the model, if it is one in memory
 
     @property
     def folder(self) -> Path:
@@ -70,12 +72,17 @@ def open_checkpoint(model: str, **hub: Any) -> Checkpoint:
 
 def checkpoint_of(model: Any) -> Checkpoint:
     """A live float model (ours, or transformers' Mamba or Mamba2) as a checkpoint. Raises CheckpointError."""
+    if not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
+        raise CheckpointError(
+            f"can't quantize a {type(model).__name__}: give a name, a folder, or a live model of quamba's or transformers'"
+        )
     name = getattr(model, "name_or_path", "") or type(model).__name__
     location = Location(Path(), Path(name).name)
     data = model.config.to_dict() | {"dtype": str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")}
-    return _identify(
+    found = _identify(
         location, data, f"the configuration of {type(model).__name__}", lambda: LiveTensors(model.state_dict())
     )
+    return dataclasses.replace(found, live=model)
 
 
 def _identify(

@@ -100,6 +100,8 @@ def as_device(device: Any, device_map: Any) -> torch.device | None:
     try:
         found = torch.device(choice)
         torch.empty(0, device=found)
+        if found.type == "meta":
+            raise RuntimeError("it holds no values")
     except (RuntimeError, AssertionError, TypeError) as error:
         raise QuambaError(f"device {choice!r} can't be used here: {str(error).splitlines()[0]}") from error
     return found
@@ -109,6 +111,8 @@ def save_model(model, folder: str | os.PathLike, **kwargs: Any) -> None:
     """See `QuambaLMHeadModel.save_pretrained`. config.json goes first and comes last: nothing half-written loads."""
     if kwargs.pop("push_to_hub", False):
         raise QuambaError("save first, then model.push_to_hub(repo_id)")
+    if not kwargs.pop("is_main_process", True):
+        return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)

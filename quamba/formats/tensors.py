@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 import struct
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,7 +209,8 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _load_bin(file: Path) -> dict[str, Tensor]:
     try:
-        data = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        zipped = zipfile.is_zipfile(file)  # torch before 1.6 wrote something else, which can't be mapped
+        data = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise CheckpointError(f"{file} can't be read as a file of weights: {reason}") from error

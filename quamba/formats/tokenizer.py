@@ -18,21 +18,23 @@ def load_tokenizer(model: str, tokenizer: str | None = None, required: bool = Tr
 
     None if the model has none, none is named, and none is `required`.
     """
-    location = locate(model, **hub)
-    folder = location.path
-    if tokenizer is None and not _has_tokenizer(folder):
+    if tokenizer is None:
+        location = locate(model, **hub)
+        if _has_tokenizer(location.path):
+            return _read(location.path)
         if not (location.repo or "").startswith("state-spaces/"):
             if not required:
                 return None
-            raise DataError(f"{folder} has no tokenizer (tokenizer.json); name one with --tokenizer FOLDER_OR_HUB_ID")
+            raise DataError(
+                f"{location.path} has no tokenizer (tokenizer.json); name one with --tokenizer FOLDER_OR_HUB_ID"
+            )
         tokenizer = STATE_SPACES_TOKENIZER
-    if tokenizer is not None:
-        try:
-            folder = locate(tokenizer, allow=TOKENIZER_FILES, **hub).path
-        except CheckpointError as error:
-            raise DataError(f"no tokenizer for {model}: {error}") from error
-        if not _has_tokenizer(folder):
-            raise DataError(f"{folder} holds no tokenizer (tokenizer.json)")
+    try:
+        folder = locate(tokenizer, allow=TOKENIZER_FILES, **hub).path
+    except CheckpointError as error:
+        raise DataError(f"no tokenizer for {model}: {error}") from error
+    if not _has_tokenizer(folder):
+        raise DataError(f"{folder} holds no tokenizer (tokenizer.json)")
     return _read(folder)
 
 
@@ -60,4 +62,6 @@ def copy_tokenizer(tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_text(encoding="utf-8")) | {"padding_side": "left"}
+    for fact_of_this_run in ("is_local", "local_files_only"):
+        config.pop(fact_of_this_run, None)
     file.write_text(json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from quamba.errors import DataError
+from quamba.errors import DataError, RecipeError
 from quamba.quantizer.calibration import CalibrationSet, calibration_set, given_ids
 from quamba.quantizer.pipeline import Progress, run_pipeline
 from quamba.recipe import Recipe
@@ -23,10 +23,10 @@ __all__ = ["CalibrationSet", "Progress", "calibration_set", "quantize", "run_pip
 
 def quantize(
     model: Any,
-    recipe: str | Recipe = "w8a8",
+    recipe: str | Path | Recipe = "w8a8",
     *,
     out: str | Path | None = None,
-    calibration: str | Tensor = "bundled",
+    calibration: str | Path | Tensor = "bundled",
     samples: int | None = None,
     seq_len: int | None = None,
     seed: int = 0,
@@ -50,19 +50,30 @@ def quantize(
     from quamba.formats import checkpoint_of, load_model, load_tokenizer, open_checkpoint
     from quamba.formats.load import as_device, as_dtype
 
+    for name, value, least in (("samples", samples, 1), ("seq_len", seq_len, 2)):
+        if value is not None and value < least:
+            raise DataError(f"{name} is {value}; it must be at least {least}")
+    if not isinstance(recipe, str | Path | Recipe):
+        raise RecipeError(f"recipe must be a name, a YAML file or a Recipe, not {type(recipe).__name__}")
+    if not isinstance(calibration, str | Path | Tensor):
+        raise DataError(f"calibration must be a name, a file or token ids, not {type(calibration).__name__}")
     checkpoint = open_checkpoint(str(model)) if isinstance(model, str | Path) else checkpoint_of(model)
-    if isinstance(recipe, str):
-        recipe = Recipe.find(recipe, family=checkpoint.config.blocks[0]["mixer"])  # type: ignore[index]
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe.find(str(recipe), family=checkpoint.config.blocks[0]["mixer"])  # type: ignore[index]
     recipe.resolve(checkpoint.config)
     if isinstance(tokenizer, str) or (tokenizer is None and isinstance(model, str | Path)):
-        tokenizer = load_tokenizer(str(model), tokenizer, required=not isinstance(calibration, Tensor))
+        tokenizer = load_tokenizer(
+            checkpoint.location.name if checkpoint.live else str(model),
+            tokenizer,
+            required=not isinstance(calibration, Tensor),
+        )
     if isinstance(calibration, Tensor):
         chosen = given_ids(calibration, checkpoint.config.vocab_size, seed=seed)
     elif tokenizer is None:
         raise DataError("a live model needs tokenizer=..., or calibration= as token ids")
     else:
         chosen = calibration_set(
-            calibration,
+            str(calibration),
             tokenizer,
             checkpoint.config.vocab_size,
             samples=samples or recipe.calibration.samples,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from quamba.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ def calibration_set(
             "this tokenizer belongs to another model (--tokenizer)"
         )
     windows = ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)
+    if len(windows) < samples:
+        logger.warning("%s has only %d windows of %d tokens; using all of them", source, len(windows), seq_len)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     return _described(windows[order[:samples].sort().values], name, seed)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,10 +93,7 @@ class _Job:
             "ids": plan.provenance["calibration"]["sha256"],
             "versions": [quamba.__version__, torch.__version__, torch.get_num_threads(), kernels.describe(device)],
         }
-        # Through JSON and back, because that is how it will be compared.
-        import json
-
-        self.key = json.loads(json.dumps(self.key))
+        self.key = json.loads(json.dumps(self.key))  # that is how it will be compared
 
     def stream(self, block: int) -> Stream:
         return Stream(self.folder.path, block, (*self.ids.shape, self.config.hidden_size), self.batch)
@@ -202,6 +200,10 @@ def _provenance(checkpoint: Checkpoint, calibration: CalibrationSet) -> dict[str
 
 
 def _copy_generation_config(checkpoint: Checkpoint, folder: Path) -> None:
+    if checkpoint.live is not None:
+        if getattr(checkpoint.live, "generation_config", None) is not None:
+            checkpoint.live.generation_config.save_pretrained(folder)
+        return
     source = checkpoint.folder / "generation_config.json"
-    if checkpoint.folder != Path() and source.is_file():
+    if source.is_file():
         write_atomically(folder / "generation_config.json", source.read_bytes())

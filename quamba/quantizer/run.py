@@ -32,6 +32,7 @@ class RunFolder:
         self.path = out.with_name(out.name + ".partial")
         self.old = out.with_name(out.name + ".old")
         self._made: list[Path] = []
+        self._kept = False  # the folder isn't ours
         self._lock: int | None = None
 
     def __enter__(self) -> RunFolder:
@@ -50,6 +51,7 @@ class RunFolder:
             os.close(self._lock)
             raise QuambaError(f"another process is quantizing into {self.out} right now") from error
         try:
+            self._own()
             self._repair()
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
@@ -59,7 +61,7 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, QuambaError):
+        if isinstance(error, QuambaError) and not self._kept:
             self._remove()
         if self._lock is not None:
             os.close(self._lock)
@@ -81,8 +83,8 @@ class RunFolder:
         """Refuse an output that exists, before any work."""
         if self.out.exists() and not self.overwrite:
             raise QuambaError(f"{self.out} exists: choose another folder (-o) or replace it with --overwrite")
-        if self.out.exists() and not self.out.is_dir():
-            raise QuambaError(f"{self.out} is a file")
+        if (self.out.exists() or self.out.is_symlink()) and not self.out.is_dir():
+            raise QuambaError(f"{self.out} is no folder")
         if self.out.exists() and any(self.out.iterdir()) and not is_artifact(self.out):
             raise QuambaError(
                 f"{self.out} holds something else than a quantized model, which --overwrite won't replace"
@@ -93,8 +95,17 @@ class RunFolder:
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise QuambaError(f"can't write to {parent}: choose another folder with -o")
 
+    def _own(self) -> None:
+        """Refuse a `.partial` folder that no run of ours made: it would be emptied."""
+        names = {entry.name for entry in self.path.iterdir()} - {"run.json.tmp"}
+        if names and "run.json" not in names and not is_artifact(self.path):
+            self._kept = True
+            raise QuambaError(f"{self.path} is in the way: this run would work there. Rename it, or choose another -o")
+
     def _repair(self) -> None:
         """An earlier run was killed between moving the old artifact away and moving the new one in."""
+        if (self.out / MARK).exists():  # killed before the old artifact moved away
+            (self.out / MARK).unlink()
         if (self.old / MARK).exists():
             if self.out.exists():
                 self._delete_old()
@@ -124,12 +135,13 @@ class RunFolder:
         """Number of blocks that an interrupted run with this very key has finished, or -1 after clearing the folder."""
         try:
             state = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-            if state["key"] == key:
+            if state["key"] == key and state["done"] >= 0:
                 return int(state["done"])
         except (OSError, ValueError, KeyError, TypeError):
             pass
         for entry in self.path.iterdir():
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        self.mark(key, -1)
         return -1
 
     def mark(self, key: dict[str, Any], done: int) -> None:

@@ -341,3 +341,12 @@ def test_elementary_functions():
     edges = torch.tensor([0.0, -0.0, -90.0, float("-inf"), 90.0, float("inf"), float("nan")])
     want = edges.double().exp().float().double()
     torch.testing.assert_close(call("exp", edges), want, equal_nan=True, rtol=0, atol=1e-38)
+
+
+@pytest.mark.parametrize("width", [1, 7, 16, 17, 40, 64])
+@pytest.mark.parametrize("every", [True, False])
+def test_nan_reaches_the_scale_of_its_token(width, every):
+    x = torch.randn(3, width)
+    x[1, slice(None) if every else width // 2] = float("nan")
+    _, scale = cpu.quantize_per_token(x)
+    assert scale[1].isnan().all() and torch.isfinite(scale[[0, 2]]).all()

@@ -310,3 +310,36 @@ def test_from_a_checkout_without_installing(tmp_path):
         or done.stdout == f"quamba, version {quamba.__version__}\n"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "flags", [("--w8a8", "--w4a8"), ("--w4a8", "--w8a8"), ("--w8a8", "--recipe", "mamba1-w8a8"), ()]
+)
+def test_exactly_one_recipe(flags):
+    result = CliRunner().invoke(main, ["quantize", "mamba1-nano", *flags])
+    assert result.exit_code == 2 and "exactly one" in result.output
+
+
+def test_sampling_takes_no_top_k_that_was_not_asked_for(monkeypatch):
+    seen = {}
+
+    def generate(self, ids, **options):
+        seen.update(options)
+        return ids
+
+    monkeypatch.setattr("quamba.model.QuambaLMHeadModel.generate", generate)
+    monkeypatch.setattr("quamba.cli.generate.time.monotonic", iter(range(9)).__next__)
+    CliRunner().invoke(
+        main, ["generate", "mamba1-nano", "--prompt", "x", "--temperature", "0.5"], catch_exceptions=False
+    )
+    assert (seen["do_sample"], seen["top_k"], seen["top_p"]) == (True, 0, 1.0)
+
+
+def test_eval_refuses_what_would_do_nothing(tmp_path):
+    for words in (
+        ["mamba1-nano", "--perplexity", "novels", "--limit", "3"],
+        ["mamba1-nano", "--against", "mamba1-nano"],
+    ):
+        result = CliRunner().invoke(main, ["eval", *words])
+        assert result.exit_code == 2, result.output
+    assert CliRunner().invoke(main, ["eval", "not-here", "--perplexity", "novels"]).exit_code == 1

@@ -44,7 +44,7 @@ def test_overwrite_replaces_nothing_but_models(tiny, run, tmp_path):
             run(tiny(), place, overwrite=True)
         assert contents(place) == before
     (tmp_path / "file").write_text("a file")
-    with pytest.raises(QuambaError, match="is a file"):
+    with pytest.raises(QuambaError, match="is no folder"):
         run(tiny(), tmp_path / "file", overwrite=True)
     (tmp_path / "empty").mkdir()
     run(tiny(), tmp_path / "empty", overwrite=True)
@@ -137,14 +137,14 @@ def test_a_second_run_into_the_same_folder_is_refused(tiny, run, tmp_path):
     source, out = tiny(), tmp_path / "out"
     partial = tmp_path / "out.partial"
     partial.mkdir()
-    (partial / "theirs").write_text("x")
+    (partial / "run.json").write_text("x")
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, str(partial)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(QuambaError, match=r"another process is quantizing into .*out right now"):
             run(source, out)
-        assert contents(partial) == {"theirs": b"x"}
+        assert contents(partial) == {"run.json": b"x"}
         other.stdin.close()
         other.wait(10)
     run(source, out)  # the lock ended with its process
@@ -288,3 +288,31 @@ def test_a_read_only_folder(tiny, run, tmp_path):
     locked.mkdir(mode=0o555)
     with pytest.raises(QuambaError, match=r"can't write to .*locked"):
         run(source, locked / "out")
+
+
+def test_a_partial_folder_that_no_run_made_is_not_emptied(tiny, run, tmp_path):
+    source, out, partial = tiny(), tmp_path / "out", tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "thesis.txt").write_text("x")
+    with pytest.raises(QuambaError, match="is in the way"):
+        run(source, out)
+    assert (partial / "thesis.txt").read_text() == "x" and not out.exists()
+
+
+def test_a_mark_that_was_left_behind_does_not_turn_a_backup_into_ours(tiny, run, tmp_path):
+    source, out, backup = tiny(), tmp_path / "out", tmp_path / "out.old"
+    run(source, out)
+    expected = contents(out)
+    (out / MARK).write_bytes(b"{}")  # killed after marking, before moving
+    with pytest.raises(Stop), stop_before(0):
+        run(source, out, overwrite=True)
+    assert contents(out) == expected
+    out.rename(backup)
+    run(source, out)
+    assert contents(backup) == expected == contents(out)
+
+
+def test_a_dangling_link_is_refused_before_the_work(tiny, run, tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(QuambaError, match="is no folder"):
+        run(tiny(), tmp_path / "out", overwrite=True)
