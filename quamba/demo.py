@@ -53,7 +53,7 @@ def main() -> None:
         q, f, d = results[0].texts[name], results[1].texts[name], divergences[name]
         change = f"{100 * (q.perplexity / f.perplexity - 1):+.2f} %"
         table.add_row(f"{name}: perplexity", f"{f.perplexity:.3f}", f"{q.perplexity:.3f}", change)
-        table.add_row("  KL to float, nats a token", "", f"{d.mean_kl:.5f}", f"99.9 % of tokens below {d.p999_kl:.3f}")
+        table.add_row("  KL to float, nats a token", "", f"{d.mean_kl:.5f}", f"99.9 % of tokens up to {d.p999_kl:.4f}")
         table.add_row("  same most likely token", "", f"{100 * d.top1_agreement:.2f} %", "")
     _lambada(table, results[1].tasks[0], results[0].tasks[0])
     for what, key in (("reading a prompt of 512", "prefill"), ("writing", "decode")):
