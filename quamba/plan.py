@@ -16,27 +16,50 @@ from quamba.schema import choice, read_dataclass
 FORMAT_VERSION = 1
 QUANT_METHOD = "quamba"
 
-SITES = ("mixer_in", "conv_in", "x", "B", "C", "dt", "z", "x_proj_out", "out_proj_in", "state", "head_in")
+SITES = (
+    "mixer_in",
+    "conv_in",
+    "x",
+    "B",
+    "C",
+    "dt",
+    "z",
+    "x_proj_out",
+    "out_proj_in",
+    "state",
+    "mlp_in",
+    "fc2_in",
+    "head_in",
+)
 """The one vocabulary of places where an activation may be quantized. `head_in` belongs to the model, the rest to a block."""
+
+GROUPS = (32, 64, 128)
+"""Inputs that share an int4 group scale."""
 
 
 @dataclass(frozen=True)
 class SiteSpec:
     """How one activation is represented. `bits` 8 or 16 (float); `scale` static, token (dynamic) or none (float);
-    `axis` of a static scale: tensor (one number) or channel (one per channel)."""
+    `axis` of a static scale: tensor (one number), channel (one per channel) or group (one per group of channels; a recipe
+    leaves `groups`, their number, to the family)."""
 
     bits: int = 16
     scale: str = "none"
     axis: str = "tensor"
+    groups: int = 0
 
     def __post_init__(self) -> None:
         choice("bits", self.bits, (8, 16))
         choice("scale", self.scale, ("static", "token", "none"))
-        choice("axis", self.axis, ("tensor", "channel"))
+        choice("axis", self.axis, ("tensor", "channel", "group"))
         if (self.bits == 16) != (self.scale == "none"):
             raise RecipeError(
                 f"bits: {self.bits} contradicts scale: {self.scale}: 16 bits go with none, 8 with the others"
             )
+        if self.axis != "tensor" and self.scale != "static":
+            raise RecipeError(f"axis: {self.axis} belongs to scale: static, not to scale: {self.scale}")
+        if self.groups and self.axis != "group":
+            raise RecipeError(f"groups: {self.groups} contradicts axis: {self.axis}")
 
     @property
     def is_float(self) -> bool:
@@ -45,12 +68,29 @@ class SiteSpec:
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """How one weight is stored: `bits` 8 (int8 with one float32 scale an output channel) or 16 (float)."""
+    """How one weight is stored.
+
+    bits 16: float. 8: int8 codes with a float32 scale an output channel, or (`axis`) one for each of the parts that the
+    output is split into, or one for the whole tensor. 4: packed int4 codes with a float32 scale an output channel, and
+    for every `group` inputs a second one: an integer multiplier of at most 15 (`group_scale: integer`), or float16.
+    """
 
     bits: int = 16
+    axis: str = "channel"
+    group: int = 0
+    group_scale: str = "integer"
 
     def __post_init__(self) -> None:
-        choice("bits", self.bits, (8, 16))
+        choice("bits", self.bits, (4, 8, 16))
+        choice("axis", self.axis, ("channel", "split", "tensor"))
+        choice("group_scale", self.group_scale, ("integer", "float"))
+        if self.bits == 4:
+            if self.group == 0:
+                object.__setattr__(self, "group", GROUPS[0])
+            choice("group", self.group, GROUPS)
+        for name, default in (("group", 0), ("group_scale", "integer")) if self.bits != 4 else (("axis", "channel"),):
+            if getattr(self, name) != default:
+                raise RecipeError(f"{name}: {getattr(self, name)} doesn't go with bits: {self.bits}")
 
     @property
     def is_float(self) -> bool:
@@ -85,12 +125,17 @@ class BlockPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """`quantization_config` of an artifact. `recipe` and `provenance` tell where it came from and decide nothing."""
+    """`quantization_config` of an artifact. `recipe` and `provenance` tell where it came from and decide nothing.
+
+    hadamard: the rotation of the residual stream, or None. Embedding and head hold it in their weights; where they are
+    tied, and so can't, it is applied after the embedding and undone before the final norm.
+    """
 
     blocks: tuple[BlockPlan, ...]
     embedding: WeightSpec = WeightSpec()
     final_norm: SiteSpec = SiteSpec()
     lm_head: WeightSpec = WeightSpec()
+    hadamard: Rotation | None = None
     recipe: str = ""
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -103,7 +148,7 @@ class Plan:
         specs: list[SiteSpec | WeightSpec] = [self.embedding, self.final_norm, self.lm_head]
         for block in self.blocks:
             specs += [*block.sites.values(), *block.weights.values()]
-        return all(s.is_float for s in specs) and not any(b.rotations for b in self.blocks)
+        return all(s.is_float for s in specs) and not self.hadamard and not any(b.rotations for b in self.blocks)
 
     def to_dict(self) -> dict[str, Any]:
         head = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}

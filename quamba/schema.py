@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import types
 import typing
 from typing import Any, TypeVar
 
@@ -33,6 +34,8 @@ def read_dataclass(cls: type[T], data: Any, where: str) -> T:
 
 def _read_value(hint: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):  # X | None
+        return None if value is None else _read_value(args[0], value, where)
     if dataclasses.is_dataclass(hint):
         return read_dataclass(hint, value, where)  # type: ignore[arg-type]
     if origin is tuple:

@@ -82,7 +82,7 @@ WRONG = {
     "bits as yes": (changed("weights", "in_proj", {"bits": True}), "in_proj.bits must be int, not True"),
     "rotate as a word": (changed("rotate", "out_proj"), "recipe.rotate must be a list, not str"),
     "fold_norm as a number": (changed("fold_norm", 1), "recipe.fold_norm must be bool, not 1"),
-    "7 bits": (changed("weights", "in_proj", {"bits": 7}), "bits can't be 7: choose one of 8, 16"),
+    "7 bits": (changed("weights", "in_proj", {"bits": 7}), "bits can't be 7: choose one of 4, 8, 16"),
     "an unknown observer": (changed("observer", "minmaks"), "observer can't be 'minmaks': did you mean 'minmax'"),
     "an unknown propagation": (changed("propagate", "both"), "propagate can't be 'both'"),
     "an unknown scale": (changed("sites", "x", {"bits": 8, "scale": "statik"}), "scale can't be 'statik'.*'static'"),
