@@ -17,44 +17,109 @@ BINS = 80 * BINS_PER_OCTAVE
 # A channel that calibration never saw active must not get a scale so small that any later value saturates.
 QUIET_CHANNEL = 2.0**-10
 
+# The published moving average over samples, and its least threshold.
+MOMENTUM = 0.01
+LEAST = 1e-5
+
 
 class Observer:
     """Statistics of one site: `add` activations, then `scale()`.
 
+    index int64 `[width]`: for axis group, the group of each channel. depth: how many values each channel has that get
+    scales of their own in axis group (the state index of the recurrent state); the other axes take them together.
+
     method "minmax": absmax / 127. method "mse": the clipping threshold, out of 64 between 1/3 and all of absmax, with
-    the least expected squared error over the histogram of magnitudes.
+    the least expected squared error over the histogram of magnitudes. method "percentile" (Quamba, arXiv 2410.13229):
+    q = quantile(|x|, percentile) of every sample; the first is w, then w <- w + 0.01 (q - w) sample after sample; w / 127.
+
+    How samples are dealt out to calls changes nothing; their order matters to "percentile" alone.
     """
 
-    def __init__(self, name: str, width: int, spec: SiteSpec, method: str):
-        self.name, self.spec, self.method = name, spec, method
-        self.rows = width if spec.axis == "channel" else 1
+    def __init__(
+        self,
+        name: str,
+        width: int,
+        spec: SiteSpec,
+        method: str = "minmax",
+        *,
+        index: Tensor | None = None,
+        depth: int = 1,
+        percentile: float = 0.9995,
+    ):
+        self.name, self.method, self.percentile = name, method, percentile
+        channel = torch.arange(width).repeat_interleave(depth)
+        self.shape: tuple[int, ...]
+        if spec.axis == "tensor":
+            self.row, self.shape = torch.zeros_like(channel), ()
+        elif spec.axis == "channel":
+            self.row, self.shape = channel, (width,)
+        else:
+            if index is None:
+                raise QuambaError(f"{name}: scales by group need the group of each channel")
+            self.row = index.cpu().long()[channel] * depth + torch.arange(depth).repeat(width)
+            self.shape = (spec.groups, depth) if depth > 1 else (spec.groups,)
+        self.rows = torch.Size(self.shape).numel()
         self.absmax = torch.zeros(self.rows)
         self.histogram = torch.zeros(self.rows, BINS, dtype=torch.int64) if method == "mse" else None
+        self.quantile: Tensor | None = None
+        self.members = members(self.row, self.rows) if method == "percentile" else []
 
     def add(self, x: Tensor) -> None:
-        """x float `[..., width]`. Raises QuambaError, naming the site, for NaN or Inf."""
-        x = x.detach().reshape(-1, x.shape[-1]).float().abs()
-        absmax = x.amax(dim=0)
+        """x float `[samples, ..., width]`, or `[samples, ..., width, depth]`. Raises QuambaError, naming the site, for
+        NaN or Inf."""
+        x = x.detach().float().abs().reshape(x.shape[0], -1, len(self.row))
+        absmax = x.amax(dim=(0, 1)).cpu()
         if not bool(torch.isfinite(absmax).all()):
             raise QuambaError(
                 f"calibration met NaN or infinite values at {self.name}: the model or its input is broken"
             )
-        if self.rows == 1:
-            absmax, x = absmax.amax().reshape(1), x.reshape(-1, 1)
-        torch.maximum(self.absmax, absmax, out=self.absmax)
+        self.absmax.scatter_reduce_(0, self.row, absmax, "amax")
         if self.histogram is not None:
             bins = ((x.log2() - LOWEST) * BINS_PER_OCTAVE).clamp(0, BINS - 1).to(torch.int64)
-            bins += torch.arange(self.rows) * BINS
-            self.histogram += torch.bincount(bins.flatten(), minlength=self.rows * BINS).view(self.rows, BINS)
+            bins += self.row.to(x.device) * BINS
+            self.histogram += torch.bincount(bins.flatten(), minlength=self.histogram.numel()).cpu().view(-1, BINS)
+        if self.method == "percentile":
+            found = torch.zeros(len(x), self.rows, dtype=torch.float64)
+            for rows, cells in self.members:
+                values = x[:, :, cells.to(x.device)].transpose(1, 2).flatten(2)
+                found[:, rows] = quantile(values, self.percentile).cpu()
+            for q in found:
+                self.quantile = q if self.quantile is None else self.quantile + MOMENTUM * (q - self.quantile)
 
     def scale(self) -> Tensor:
-        """float32, positive and finite: 0-d for axis tensor, `[width]` for axis channel."""
-        largest = self.absmax.max()
-        floor = largest * QUIET_CHANNEL if largest > 0 else torch.ones(())
-        absmax = self.absmax.clamp(min=floor).clamp(min=2.0**LOWEST)
-        threshold = absmax if self.histogram is None else best_clipping(self.histogram, absmax)
-        scale = (threshold / 127.0).to(torch.float32)
-        return scale if self.spec.axis == "channel" else scale.reshape(())
+        """float32, positive and finite: 0-d for axis tensor, `[width]` for axis channel, `[groups]` for axis group, or
+        `[groups, depth]` where there is a depth."""
+        seen, least = self.absmax, 2.0**LOWEST
+        if self.quantile is not None:
+            seen, least = self.quantile.to(torch.float32), LEAST
+        largest = seen.max()
+        quiet = largest * QUIET_CHANNEL if largest > 0 or self.method == "percentile" else torch.ones(())
+        threshold = seen.clamp(min=quiet).clamp(min=least)
+        if self.histogram is not None:
+            threshold = best_clipping(self.histogram, threshold)
+        return (threshold / 127.0).to(torch.float32).reshape(self.shape)
+
+
+def members(row: Tensor, rows: int) -> list[tuple[Tensor, Tensor]]:
+    """Which cells belong to each row, given the row of each cell: pairs (rows `[n]`, their cells `[n, size]`), one pair
+    for each size above 0."""
+    sizes = torch.bincount(row, minlength=rows)
+    cells = row.argsort(stable=True)
+    starts = sizes.cumsum(0) - sizes
+    pairs = []
+    for size in sizes[sizes > 0].unique().tolist():
+        same = (sizes == size).nonzero().flatten()
+        pairs.append((same, cells[starts[same][:, None] + torch.arange(size)]))
+    return pairs
+
+
+def quantile(x: Tensor, q: float) -> Tensor:
+    """float64 quantile along the last axis of x, between neighbours by linear interpolation, for any number of values."""
+    place = q * (x.shape[-1] - 1)
+    below = int(place)
+    top = x.topk(x.shape[-1] - below, dim=-1).values.double()
+    low, high = top[..., -1], top[..., -2:][..., 0]
+    return low + (high - low) * (place - below)
 
 
 def best_clipping(histogram: Tensor, absmax: Tensor, candidates: int = 64) -> Tensor:
