@@ -8,6 +8,12 @@ Numbers (all backends): integers are symmetric int8. `scale` turns a code into a
 a real into a code: `code = rint(clamp(real * inv, -128, 127))`, half to even, always saturating. A scale or inv is float32,
 either a 0-d tensor or a vector over the last axis. An op given `inv` returns int8 codes; without it, a float tensor.
 
+int4 weights: `weight[n, k] = weight_scale[n] * group_scale[n, k // group] * q[n, k]`, q in [-8, 7] and group 32, 64 or 128.
+group_scale `[N, groups]` is either int8, a multiplier of at most 15 in magnitude, so that `group_scale * q` is an int8 code
+itself, or float16. q is stored as two's complement in `packed`, uint8 `[N, groups * group / 2]`: byte j of a group has
+element j in its low half, element j + group/2 in its high half; the last group is padded with zeros. The group size follows
+from the shapes: `2 * packed.shape[1] / groups`. Shapes that don't fit are a ValueError.
+
 Backends agree in three classes: int32 accumulators and gathers bit for bit; int8 codes rounded from floats at most 1
 apart, in at most 0.1 % of elements; floats within the tolerance named beside the op.
 
@@ -34,15 +40,20 @@ __all__ = [
     "causal_conv1d",
     "describe",
     "embedding",
+    "expand_int4",
     "gated_rms_norm",
     "hadamard",
     "int8_matmul",
     "linear",
+    "pack_int4",
     "quantize",
     "quantize_per_token",
     "rms_norm",
     "selective_scan",
     "ssd_scan",
+    "unpack_int4",
+    "w4_linear",
+    "w4a8_linear",
     "w8_linear",
     "w8a8_linear",
 ]
@@ -150,13 +161,76 @@ def w8a8_linear(
 def w8_linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, inv: Tensor | None = None
 ) -> Tensor:
-    """Weight-only linear: float `x [..., K]` times int8 codes, then `* weight_scale[n] + bias[n]`; float32 or codes."""
+    """Weight-only linear: float `x [..., K]` times int8 codes, then `* weight_scale[n] + bias[n]`; float32 or codes.
+
+    Tolerance between backends: 1e-5 relative to the largest output.
+    """
     return _op("w8_linear", x.device)(x, weight, weight_scale, bias, inv)
 
 
-def embedding(ids: Tensor, weight: Tensor) -> Tensor:
-    """Rows of `weight [V, D]` for `ids`; dtype of the weight."""
-    return _op("embedding", ids.device)(ids, weight)
+def pack_int4(codes: Tensor, group: int) -> Tensor:
+    """int8 `[N, K]` in [-8, 7] to uint8 `[N, ceil(K / group) * group / 2]`.
+
+    TypeError for another dtype, ValueError for codes out of range and groups other than 32, 64, 128.
+    """
+    return _op("pack_int4", codes.device)(codes, group)
+
+
+def unpack_int4(packed: Tensor, inputs: int, group: int) -> Tensor:
+    """The int8 `[N, inputs]` that were packed. ValueError when packed isn't that wide."""
+    return _op("unpack_int4", packed.device)(packed, inputs, group)
+
+
+def expand_int4(packed: Tensor, group_scale: Tensor, inputs: int) -> Tensor:
+    """int8 `[N, inputs]` for integer products: `group_scale * q`, exact for int8 multipliers; for float16 scales rounded
+    half to even and saturated. Scaled by `weight_scale[n]`, it is the weight."""
+    return _op("expand_int4", packed.device)(packed, group_scale, inputs)
+
+
+def w4a8_linear(
+    x: Tensor,
+    x_scale: Tensor,
+    packed: Tensor,
+    group_scale: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    inv: Tensor | None = None,
+) -> Tensor:
+    """Integer linear: `w8a8_linear` with the weight `expand_int4(packed, group_scale, K)`, bit for bit."""
+    return _op("w4a8_linear", x.device)(x, x_scale, packed, group_scale, weight_scale, bias, inv)
+
+
+def w4_linear(
+    x: Tensor,
+    packed: Tensor,
+    group_scale: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    inv: Tensor | None = None,
+) -> Tensor:
+    """Weight-only linear: `(x @ (group_scale * q).T) * weight_scale[n] + bias[n]`, where group_scale * q is exact in float32
+    whatever group_scale's dtype; float32 or codes.
+
+    x float `[..., K]`; weight_scale, bias float32 `[N]`; inv 0-d or `[N]`. Tolerance between backends: 1e-5 relative to the
+    largest output.
+    """
+    return _op("w4_linear", x.device)(x, packed, group_scale, weight_scale, bias, inv)
+
+
+def embedding(
+    ids: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    group_scale: Tensor | None = None,
+    width: int | None = None,
+) -> Tensor:
+    """Rows of a table of V for ids `[...]`: `[..., D]`. Only the rows asked for are expanded.
+
+    weight float `[V, D]`: rows as they are. int8 `[V, D]` with scale float32 `[V]`: float32 `code * scale`. uint8, packed
+    int4, with scale, group_scale `[V, groups]` and width = D: float32 `(group_scale * q) * scale`. Any other combination is
+    a TypeError.
+    """
+    return _op("embedding", ids.device)(ids, weight, scale, group_scale, width)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, inv: Tensor | None = None) -> Tensor:
@@ -165,17 +239,24 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, inv: Tensor | None = None) -
 
 
 def gated_rms_norm(
-    x: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int = 1, norm_before_gate: bool = False
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    eps: float,
+    groups: int = 1,
+    norm_before_gate: bool = False,
+    *,
+    z_scale: Tensor | None = None,
 ) -> Tensor:
     """Mamba2's norm with its gate (arXiv 2405.21060, section 7.1), in float32; returned in `weight.dtype`:
 
         norm(x * silu(z)) * weight           or, with norm_before_gate,  norm(x) * weight * silu(z)
         norm(v) = v * rsqrt(mean(v^2) + eps), the mean over each of `groups` equal runs of channels
 
-    x, z float `[..., I]`; weight `[I]`; I a multiple of groups. Tolerance between backends: 1e-5 relative to the largest
-    output.
+    x `[..., I]` float; z float or int8 codes with z_scale (0-d or `[I]`); weight `[I]`; I a multiple of groups.
+    Tolerance between backends: 1e-5 relative to the largest output.
     """
-    return _op("gated_rms_norm", x.device)(x, z, weight, eps, groups, norm_before_gate)
+    return _op("gated_rms_norm", x.device)(x, z, weight, eps, groups, norm_before_gate, z_scale=z_scale)
 
 
 def causal_conv1d(
@@ -247,6 +328,9 @@ def ssd_scan(
     mask: Tensor | None = None,
     dt_limit: tuple[float, float] = (0.0, math.inf),
     chunk_size: int = 256,
+    x_scale: Tensor | None = None,
+    B_scale: Tensor | None = None,
+    C_scale: Tensor | None = None,
 ) -> Tensor:
     """Mamba2's scan (arXiv 2405.21060, section 6 and listing 1), without its gate, in float32:
 
@@ -255,14 +339,27 @@ def ssd_scan(
         y_t  = h_t C_t + D * x_t                                        [H, P]
 
     x `[B, L, H, P]`; dt `[B, L, H]`; A `[H]` (negative); B, C `[B, L, G, N]`, each shared by H/G successive heads;
-    D `[H]` or `[H, P]`; dt_bias `[H]`; all float, in any strides. state float32 `[B, H, P, N]`, the start, overwritten in
-    place with the end (zeros and discarded when None). mask bool `[B, L]`: a False token has x = 0 and dt = 0, whatever
-    dt_limit. chunk_size: tokens that a backend may work on at once; it changes the speed, not the result.
-    Returns float32 `[B, L, H, P]`. Tolerance between backends, chunk sizes and splits of the sequence over calls: 1e-5
-    relative to the largest output.
+    D `[H]` or `[H, P]`; dt_bias `[H]`; in any strides. All are float; x, B and C may be int8 codes with their scales, 0-d or
+    `[H*P]`, `[G*N]` and `[G*N]`. state float32 `[B, H, P, N]`, the start, overwritten in place with the end (zeros and
+    discarded when None). mask bool `[B, L]`: a False token has x = 0 and dt = 0, whatever dt_limit. chunk_size: tokens that
+    a backend may work on at once; it changes the speed, not the result. Returns float32 `[B, L, H, P]`. Tolerance between
+    backends, chunk sizes and splits of the sequence over calls: 1e-5 relative to the largest output.
     """
     return _op("ssd_scan", x.device)(
-        x, dt, A, B, C, D, dt_bias, state=state, mask=mask, dt_limit=dt_limit, chunk_size=chunk_size
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        dt_bias,
+        state=state,
+        mask=mask,
+        dt_limit=dt_limit,
+        chunk_size=chunk_size,
+        x_scale=x_scale,
+        B_scale=B_scale,
+        C_scale=C_scale,
     )
 
 

@@ -174,6 +174,39 @@ def test_gated_norm_returns_the_dtype_of_its_weight(rng):
     torch.testing.assert_close(half.float(), kernels.gated_rms_norm(x, z, torch.ones(8), 1e-5), rtol=1e-3, atol=1e-3)
 
 
+def codes(rng, *shape):
+    return torch.randint(-128, 128, shape, generator=rng, dtype=torch.int8)
+
+
+@pytest.mark.parametrize("vectors", [False, True])
+@pytest.mark.parametrize("length", [1, 40])
+def test_integer_inputs_are_their_reals(rng, length, vectors):
+    i = inputs(rng, 2, length, 4, 5, 2, 3)
+    state, same = torch.zeros(2, 4, 5, 3), torch.zeros(2, 4, 5, 3)
+    integer, floats = dict(i), dict(i)
+    for name, (a, b) in {"x": (4, 5), "B": (2, 3), "C": (2, 3)}.items():
+        integer[name] = codes(rng, 2, length, a, b)
+        scale = torch.rand(a * b, generator=rng) / 60 if vectors else torch.tensor(0.02)
+        integer[name + "_scale"] = scale
+        each = scale.expand(a * b)
+        floats[name] = torch.empty(2, length, a, b)
+        for j in range(a):
+            for k in range(b):
+                floats[name][:, :, j, k] = integer[name][:, :, j, k].float() * each[j * b + k]
+    want = kernels.ssd_scan(**floats, state=same)
+    assert torch.equal(kernels.ssd_scan(**integer, state=state), want)
+    assert torch.equal(state, same)
+    x_only = floats | {"x": integer["x"], "x_scale": integer["x_scale"]}
+    assert torch.equal(kernels.ssd_scan(**x_only), want)
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(0.03), torch.linspace(0.01, 0.1, 12)])
+def test_gated_norm_with_an_integer_gate(rng, scale):
+    x, z, weight = torch.randn(2, 3, 12, generator=rng), codes(rng, 2, 3, 12), torch.randn(12, generator=rng)
+    got = kernels.gated_rms_norm(x, z, weight, 1e-5, 2, z_scale=scale)
+    assert torch.equal(got, kernels.gated_rms_norm(x, z.float() * scale, weight, 1e-5, 2))
+
+
 @pytest.fixture
 def mamba_ssm(monkeypatch):
     """Imports one file of mamba-ssm by name: not the package's own __init__, nor the CUDA extension that it imports."""

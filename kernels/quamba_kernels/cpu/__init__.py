@@ -7,7 +7,7 @@ autograd has to see go to the reference, as do sizes that the library doesn't ta
 
 from quamba_kernels.cpu.conv import causal_conv1d
 from quamba_kernels.cpu.library import available, force_variant, instruction_set, threads, variants, why_not
-from quamba_kernels.cpu.linear import int8_matmul, w8a8_linear
+from quamba_kernels.cpu.linear import int8_matmul, w4a8_linear, w8a8_linear
 from quamba_kernels.cpu.rows import hadamard, quantize, quantize_per_token, rms_norm
 from quamba_kernels.cpu.scan import selective_scan
 
@@ -24,6 +24,7 @@ __all__ = [
     "selective_scan",
     "threads",
     "variants",
+    "w4a8_linear",
     "w8a8_linear",
     "why_not",
 ]

@@ -64,3 +64,16 @@ def w8a8_linear(
     args.bias, args.rows = pointer(bias), out.numel() // outputs
     call("int8_linear", args)
     return out
+
+
+def w4a8_linear(
+    x: Tensor,
+    x_scale: Tensor,
+    packed: Tensor,
+    group_scale: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    inv: Tensor | None = None,
+) -> Tensor:
+    weight = reference.expand_int4(packed, group_scale, last_axis("x", x, INT8))
+    return w8a8_linear(x, x_scale, weight, weight_scale, bias, inv)

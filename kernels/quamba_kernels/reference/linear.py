@@ -47,7 +47,3 @@ def w8_linear(
 ) -> Tensor:
     y = (x.float() @ weight.float().T) * weight_scale
     return finish(y if bias is None else y + bias, inv)
-
-
-def embedding(ids: Tensor, weight: Tensor) -> Tensor:
-    return F.embedding(ids, weight)

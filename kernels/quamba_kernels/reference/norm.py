@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quamba_kernels.reference.rounding import quantize
+from quamba_kernels.reference.rounding import quantize, real
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, inv: Tensor | None = None) -> Tensor:
@@ -14,9 +14,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, inv: Tensor | None = None) -
 
 
 def gated_rms_norm(
-    x: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int = 1, norm_before_gate: bool = False
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    eps: float,
+    groups: int = 1,
+    norm_before_gate: bool = False,
+    *,
+    z_scale: Tensor | None = None,
 ) -> Tensor:
-    x, gate = x.float(), F.silu(z.float())
+    x, gate = x.float(), F.silu(real(z, z_scale))
     if not norm_before_gate:
         x = x * gate
     g = x.unflatten(-1, (groups, -1))

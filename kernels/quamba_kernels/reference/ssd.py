@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quamba_kernels.reference.rounding import real
+
 # Longer chunks cost more than they save on CPUs: work inside a chunk grows with its square.
 MOST = 64
 
@@ -23,8 +25,11 @@ def ssd_scan(
     mask: Tensor | None = None,
     dt_limit: tuple[float, float] = (0.0, math.inf),
     chunk_size: int = 256,
+    x_scale: Tensor | None = None,
+    B_scale: Tensor | None = None,
+    C_scale: Tensor | None = None,
 ) -> Tensor:
-    x, B, C = x.float(), B.float(), C.float()
+    x, B, C = (_real(v, scale) for v, scale in ((x, x_scale), (B, B_scale), (C, C_scale)))
     dt = F.softplus(dt.float() + dt_bias)
     if dt_limit != (0.0, math.inf):
         dt = dt.clamp(*dt_limit)
@@ -41,6 +46,11 @@ def ssd_scan(
     if state is not None and length > 0:
         state.copy_(h)
     return y.addcmul_(x, (D if D.ndim == 2 else D[:, None]).expand(heads, width))
+
+
+def _real(x: Tensor, scale: Tensor | None) -> Tensor:
+    """float32 `[B, L, *, *]`; scale None, 0-d, or a vector over the last two axes together."""
+    return real(x, scale if scale is None or scale.ndim == 0 else scale.view(x.shape[2:]))
 
 
 def _token(u: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
