@@ -1,4 +1,4 @@
-"""`make demo`: quantize the bundled Mamba1, measure it beside its float self, let it write, print one table."""
+"""`make demo`: quantize the bundled models, measure them beside their float selves, let them write, print two tables."""
 
 from __future__ import annotations
 
@@ -17,42 +17,52 @@ from quamba import QuambaLMHeadModel, bundled, quantize
 from quamba.cli.common import progress_bar, size
 from quamba.evaluation import encode_text, evaluate, measure_speed
 from quamba.evaluation.report import paired_difference
-from quamba.formats import load_tokenizer, open_checkpoint
+from quamba.formats import bits, load_tokenizer, open_checkpoint
 
-MODEL = "mamba1-nano"
+SHOWN = (("mamba1-nano", "w8a8"), ("mamba2-nano", "w4a8"))
 PROMPT = "The old man went to the window and"
 
 
 def main() -> None:
     """Runs in a few minutes on two cores; leaves nothing behind."""
-    click.echo(f"{MODEL}: a really trained Mamba1 of 4.5 million parameters, on {quamba_kernels.describe()}")
-    tokenizer = load_tokenizer(MODEL)
+    click.echo(f"two really trained models of 4.5 million parameters, on {quamba_kernels.describe()}")
+    for model, preset in SHOWN:
+        show(model, preset)
+    click.echo("\n(the models saw the novels in training; they are far too small for LAMBADA accuracy)")
+
+
+def show(model: str, preset: str) -> None:
+    """Quantize one model, and print what it costs and buys."""
+    name = preset.upper()
+    tokenizer = load_tokenizer(model)
     with tempfile.TemporaryDirectory() as folder, progress_bar("quantizing") as progress:
-        out = Path(folder) / f"{MODEL}-w8a8"
-        quantize(MODEL, "w8a8", out=out, progress=progress)
-        bytes_on_disk = [_weights(bundled.model_path(MODEL)), _weights(out)]
-        bodies = [_body_bits(open_checkpoint(MODEL)), _body_bits(open_checkpoint(str(out)))]
+        out = Path(folder) / f"{model}-{preset}"
+        quantize(model, preset, out=out, progress=progress)
+        bytes_on_disk = [_weights(bundled.model_path(model)), _weights(out)]
+        shares = [bits(open_checkpoint(place)) for place in (model, str(out))]
         # float16 parts are computed in float32: few CPUs have half precision units.
         models = {
-            "W8A8": QuambaLMHeadModel.from_pretrained(out, dtype="float32"),
-            "float": QuambaLMHeadModel.from_pretrained(MODEL, dtype="float32"),
+            name: QuambaLMHeadModel.from_pretrained(out, dtype="float32"),
+            "float": QuambaLMHeadModel.from_pretrained(model, dtype="float32"),
         }
-        texts = {name: encode_text(tokenizer, name) for name in ("wikitext", "novels")}
+        texts = {text: encode_text(tokenizer, text) for text in ("wikitext", "novels")}
         results, divergences = evaluate(
             models, tokenizer, ["lambada_openai"], texts, batch_size=16, data="bundled", progress=progress
         )
         prompt = texts["novels"][None, :512]
         quick, slow = measure_speed(list(models.values()), prompt, new_tokens=64, rounds=3, progress=progress)
-        paragraph = _write(models["W8A8"], tokenizer)
+        paragraph = _write(models[name], tokenizer)
 
-    table = Table("", "float", "W8A8", "", box=box.SIMPLE_HEAD)
+    table = Table(model, "float", name, "", box=box.SIMPLE_HEAD)
     before, after = bytes_on_disk
     table.add_row("weights on disk", size(before), size(after), f"{before / after:.2f}x smaller")
-    table.add_row("  of which the blocks, bits a weight", f"{bodies[0]:.2f}", f"{bodies[1]:.2f}", "")
-    for name in texts:
-        q, f, d = results[0].texts[name], results[1].texts[name], divergences[name]
+    for part in ("body", "vocabulary"):
+        said = "blocks" if part == "body" else part
+        table.add_row(f"  {said}, bits a weight", *(f"{share[f'{part}_bits']:.2f}" for share in shares), "")
+    for text in texts:
+        q, f, d = results[0].texts[text], results[1].texts[text], divergences[text]
         change = f"{100 * (q.perplexity / f.perplexity - 1):+.2f} %"
-        table.add_row(f"{name}: perplexity", f"{f.perplexity:.3f}", f"{q.perplexity:.3f}", change)
+        table.add_row(f"{text}: perplexity", f"{f.perplexity:.3f}", f"{q.perplexity:.3f}", change)
         table.add_row("  KL to float, nats a token", "", f"{d.mean_kl:.5f}", f"99.9 % of tokens up to {d.p999_kl:.4f}")
         table.add_row("  same most likely token", "", f"{100 * d.top1_agreement:.2f} %", "")
     _lambada(table, results[1].tasks[0], results[0].tasks[0])
@@ -61,24 +71,11 @@ def main() -> None:
         table.add_row(f"{what}, tokens/s", f"{f:,.0f}", f"{q:,.0f}", f"{q / f:.2f}x")
     console = Console()
     (console if console.is_terminal else Console(width=120)).print(table)
-    click.echo("(the model saw the novels in training; it is far too small for LAMBADA accuracy)")
-    click.echo(f"\nW8A8 writes:\n{paragraph}")
+    click.echo(f"{model} in {name} writes:\n{paragraph}")
 
 
 def _weights(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-def _body_bits(checkpoint: Any) -> float:
-    """Bits on disk for each parameter of the float blocks, scales included."""
-    nbytes = parameters = 0
-    for name, theirs in checkpoint.names.items():
-        entry = checkpoint.files.entries[theirs]
-        if name.startswith("backbone.layers."):
-            count = torch.Size(entry.shape).numel()
-            nbytes += count * entry.dtype.itemsize
-            parameters += 0 if "scale" in name else count
-    return 8 * nbytes / parameters
 
 
 def _lambada(table: Table, before: Any, after: Any) -> None:

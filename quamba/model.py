@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -13,7 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from quamba.config import QuambaConfig
 from quamba.errors import QuambaError
-from quamba.layers import Embedding, Linear, RMSNorm, Sites
+from quamba.layers import Embedding, GatedMLP, Hadamard, Linear, RMSNorm, Sites
 from quamba.mixers import MIXERS
 from quamba.plan import BlockPlan, Plan
 from quamba.schema import read_dataclass
@@ -21,35 +22,66 @@ from quamba.state import LayerState, QuambaState, StateSpec
 
 
 class Block(nn.Module):
-    """Norm, mixer, residual. `scales` holds the static scales of all its sites. Floats in, floats out."""
+    """Norm, mixer, residual, and where the architecture has one norm, MLP, residual. `scales` holds the static scales of
+    all its sites. Floats in, floats out."""
 
     def __init__(self, config: QuambaConfig, index: int, plan: BlockPlan):
         super().__init__()
         entry = config.blocks[index]
-        if entry.get("mixer") not in MIXERS or entry.get("mlp") is not None:
+        if entry.get("mixer") not in MIXERS:
             raise QuambaError(
-                f"block {index} asks for mixer {entry.get('mixer')!r} with mlp {entry.get('mlp')!r}; "
-                f"this version has {', '.join(MIXERS)} without mlp"
+                f"block {index} asks for mixer {entry.get('mixer')!r}; this version has {', '.join(MIXERS)}"
             )
         mixer = MIXERS[entry["mixer"]]
+        width = config.hidden_size
         args = read_dataclass(mixer.Args, entry["args"], f"blocks[{index}].args")
         self.plan = plan
-        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
-        self.mixer = mixer(args, config.hidden_size, plan)
-        self.scales = Sites(mixer.site_widths(args, config.hidden_size), plan.sites)
+        self.norm = RMSNorm(width, config.layer_norm_epsilon)
+        self.mixer = mixer(args, width, plan)  # type: ignore[call-arg]
+        self.norm2, self.mlp = None, None
+        widths = mixer.site_widths(args, width)
+        if entry.get("mlp") is not None:
+            inner = read_dataclass(MLPArgs, entry["mlp"], f"blocks[{index}].mlp").intermediate_size
+            self.norm2 = RMSNorm(width, config.layer_norm_epsilon)
+            self.mlp = GatedMLP(width, inner, plan)
+            widths |= GatedMLP.site_widths(width, inner)
         self.state_shapes = mixer.state_shapes(args)
+        self.scales = Sites(widths, plan.sites, {"state": self.state_shapes["recurrent"][-1]})
 
     def forward(self, residual: Tensor, state: LayerState | None = None, mask: Tensor | None = None) -> Tensor:
         """residual `[B, L, D]` to the next residual, same shape and dtype."""
         y = self.mixer(self.norm(residual, self.scales("mixer_in")), self.scales, state, mask)
-        return residual + y.to(residual.dtype)
+        residual = residual + y.to(residual.dtype)
+        if self.norm2 is not None and self.mlp is not None:
+            y = self.mlp(self.norm2(residual, self.scales("mlp_in")), self.scales)
+            residual = residual + y.to(residual.dtype)
+        return residual
+
+    def weights(self) -> dict[str, tuple[str, str]]:
+        """The plan's name of each weight -> its module's place in the block and the site it reads, in order of use."""
+        found = {name: (f"mixer.{name}", site) for name, site in self.mixer.reads.items()}
+        if self.mlp is not None:
+            found |= {name: (f"mlp.{name}", site) for name, site in self.mlp.reads.items()}
+        return found
+
+    def vectors(self) -> dict[str, str]:
+        """The plan's name of each small parameter -> its place in the block."""
+        return {name: f"mixer.{place}" for name, place in self.mixer.vectors.items()}
 
     def state_spec(self) -> StateSpec:
-        weight = self.mixer.in_proj.weight.dtype
-        conv_dtype = weight if weight.is_floating_point else torch.float32  # what in_proj returns
-        if self.scales.specs["conv_in"].scale == "static":
+        weight = self.mixer.in_proj.weight
+        conv_dtype = torch.float32 if weight is None or not weight.is_floating_point() else weight.dtype
+        if not self.scales.specs["conv_in"].is_float:
             conv_dtype = torch.int8
-        return StateSpec(self.state_shapes["conv"], conv_dtype, self.state_shapes["recurrent"])
+        recurrent = torch.float32 if self.scales.specs["state"].is_float else torch.int8
+        return StateSpec(self.state_shapes["conv"], conv_dtype, self.state_shapes["recurrent"], recurrent)
+
+
+@dataclass(frozen=True)
+class MLPArgs:
+    """A block's `mlp` entry: a gated MLP of so many channels after the mixer."""
+
+    intermediate_size: int
 
 
 class Backbone(nn.Module):
@@ -57,10 +89,12 @@ class Backbone(nn.Module):
 
     def __init__(self, config: QuambaConfig, plan: Plan):
         super().__init__()
-        self.embedding: nn.Module = Embedding(config.vocab_size, config.hidden_size)
+        self.embedding: nn.Module = Embedding(config.vocab_size, config.hidden_size, plan.embedding)
         self.layers = nn.ModuleList([Block(config, i, plan.blocks[i]) for i in range(config.num_hidden_layers)])
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.scales = Sites({"head_in": config.hidden_size}, {"head_in": plan.final_norm})
+        # Untied, embedding and head hold the rotation in their weights.
+        self.rotation = Hadamard(plan.hadamard if config.tie_word_embeddings else None)
 
 
 class QuambaLMHeadModel(PreTrainedModel, GenerationMixin):
@@ -71,7 +105,6 @@ class QuambaLMHeadModel(PreTrainedModel, GenerationMixin):
 
     config_class = QuambaConfig
     base_model_prefix = "backbone"
-    _tied_weights_keys = {"lm_head.weight": "backbone.embedding.weight"}  # noqa: RUF012
     _no_split_modules = ["Block"]  # noqa: RUF012
     _is_stateful = True  # assisted decoding would have to crop the state
 
@@ -80,8 +113,17 @@ class QuambaLMHeadModel(PreTrainedModel, GenerationMixin):
         plan = config.plan
         if len(plan.blocks) != config.num_hidden_layers:
             raise QuambaError(f"the plan has {len(plan.blocks)} blocks, the architecture {config.num_hidden_layers}")
+        if config.tie_word_embeddings and plan.lm_head != plan.embedding:
+            raise QuambaError(
+                f"head and embedding are tied, one matrix in one format, but the plan has {plan.lm_head.bits} bits for "
+                f"one and {plan.embedding.bits} for the other"
+            )
         self.backbone = Backbone(config, plan)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, spec=plan.lm_head)
+        self.lm_head = Linear(
+            config.hidden_size, config.vocab_size, spec=plan.lm_head, integer_input=not plan.final_norm.is_float
+        )
+        names = [name for name, _ in self.lm_head.named_parameters()]
+        self._tied_weights_keys = {f"lm_head.{name}": f"backbone.embedding.{name}" for name in names}
         self.residual_dtype = torch.float32 if config.residual_in_fp32 else None
         self.post_init()
         self.requires_grad_(False)
@@ -92,6 +134,11 @@ class QuambaLMHeadModel(PreTrainedModel, GenerationMixin):
         reset = getattr(module, "reset_parameters", None)
         if reset is not None and not module.__module__.startswith("torch."):
             reset()
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """Names of the head's tensors that are the embedding's, -> their names there; empty where they are its own."""
+        return self._tied_weights_keys if self.config.tie_word_embeddings else {}
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.embedding
@@ -163,7 +210,7 @@ class QuambaLMHeadModel(PreTrainedModel, GenerationMixin):
             state.allocate(x.shape[0], x.device)
         mask = token_mask(attention_mask, x.shape[1], state)
 
-        x = x if self.residual_dtype is None else x.to(self.residual_dtype)
+        x = self.backbone.rotation.turn(x if self.residual_dtype is None else x.to(self.residual_dtype))
         hidden = [x] if output_hidden_states else None
         for i, block in enumerate(self.backbone.layers):
             x = block(x, None if state is None else state.layers[i], mask)
@@ -174,6 +221,7 @@ class QuambaLMHeadModel(PreTrainedModel, GenerationMixin):
 
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
         x = x[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else kept]
+        x = self.backbone.rotation.turn_back(x)
         logits = self.lm_head(self.backbone.norm_f(x, self.backbone.scales("head_in")))
         if self._check_logits:
             self._check_logits = False

@@ -65,6 +65,17 @@ class SiteSpec:
     def is_float(self) -> bool:
         return self.bits == 16
 
+    def __str__(self) -> str:
+        if self.is_float:
+            return "float"
+        if self.scale == "token":
+            return f"int{self.bits} per token"
+        return (
+            f"int{self.bits} static, {self.groups} groups"
+            if self.axis == "group"
+            else f"int{self.bits} static per {self.axis}"
+        )
+
 
 @dataclass(frozen=True)
 class WeightSpec:
@@ -96,6 +107,13 @@ class WeightSpec:
     def is_float(self) -> bool:
         return self.bits == 16
 
+    def __str__(self) -> str:
+        if self.is_float:
+            return "float"
+        if self.bits == 4:
+            return f"int4 per {self.group}, {self.group_scale} scales"
+        return f"int8 per {self.axis}"
+
 
 @dataclass(frozen=True)
 class Rotation:
@@ -104,6 +122,24 @@ class Rotation:
     n: int
     m: int = 1
     matrix: str = "sylvester"
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses as JSON, without what says nothing: groups where there are none, an axis where no int8 scale has one."""
+    if isinstance(value, WeightSpec):
+        said = {16: ("bits",), 8: ("bits", "axis"), 4: ("bits", "group", "group_scale")}[value.bits]
+        return {name: getattr(value, name) for name in said}
+    if isinstance(value, SiteSpec):
+        return (
+            dataclasses.asdict(value)
+            if value.groups
+            else {"bits": value.bits, "scale": value.scale, "axis": value.axis}
+        )
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
 @dataclass(frozen=True)
@@ -152,7 +188,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         head = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}
-        return head | dataclasses.asdict(dataclasses.replace(self, blocks=list(self.blocks)))  # type: ignore[arg-type]
+        return head | _plain(self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Plan:

@@ -31,8 +31,9 @@ class QTensor:
         """float32 reals."""
         return self.values.float() * self.scale
 
-    def split(self, sizes: Sequence[int]) -> list[QTensor]:
-        """Pieces along the last axis."""
+    def split(self, sizes: Sequence[int], dim: int = -1) -> list[QTensor]:
+        """Pieces along the last axis, the only one that can be cut."""
+        assert dim == -1
         values = self.values.split(list(sizes), dim=-1)
         scales = self.scale.split(list(sizes)) if self.axis == "channel" else [self.scale] * len(sizes)
         return [QTensor(v, s, self.axis) for v, s in zip(values, scales, strict=True)]
@@ -40,6 +41,16 @@ class QTensor:
     def with_unit_scale(self) -> QTensor:
         """The codes alone, for a consumer whose weight columns already hold the channel scales."""
         return QTensor(self.values, torch.ones((), device=self.values.device), "tensor")
+
+
+def parts(x: Tensor | QTensor) -> tuple[Tensor, Tensor | None]:
+    """What kernels take: codes and their scale, or a float tensor and None."""
+    return (x.values, x.scale) if isinstance(x, QTensor) else (x, None)
+
+
+def real(x: Tensor | QTensor) -> Tensor:
+    """The float tensor that `x` stands for."""
+    return x.dequantize() if isinstance(x, QTensor) else x
 
 
 def _unflatten(leaves: Iterable[Any], axis: Any) -> QTensor:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from quamba.config import QuambaConfig
 from quamba.errors import RecipeError
-from quamba.plan import BlockPlan, Plan, SiteSpec, WeightSpec
+from quamba.layers import GatedMLP, Hadamard
+from quamba.plan import SITES, BlockPlan, Plan, SiteSpec, WeightSpec
 from quamba.schema import choice, nearest, read_dataclass
 
 PRESETS = ("w8a8", "w4a8", "w4a16")
+OBSERVERS = ("minmax", "mse", "percentile")
 
 
 @dataclass(frozen=True)
@@ -23,35 +26,90 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class Gptq:
+    """Which weights GPTQ rounds (the others: to nearest); damping, a share of the Hessian's mean diagonal; act_order:
+    inputs with the largest activations first."""
+
+    weights: tuple[str, ...] = ()
+    damping: float = 0.01
+    act_order: bool = False
+
+
+@dataclass(frozen=True)
+class Override:
+    """Other sites and weights for some layers; negative numbers count from the last. Entries not named stay."""
+
+    layers: tuple[int, ...]
+    weights: dict[str, WeightSpec] = field(default_factory=dict)
+    sites: dict[str, SiteSpec] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """What to quantize and how; see docs/recipes.md for every key.
 
-    observer: how static scales follow from calibration: "minmax" (largest magnitude) or "mse" (the clipping that
-    minimises the squared error). propagate: what later blocks are calibrated on: outputs of the "quantized" blocks
-    before them, or of the "float" ones. rotate: linears that get an online Hadamard rotation in front.
+    observer, observers: how static scales follow from calibration, in general and by site: "minmax" (largest
+    magnitude), "mse" (the clipping that minimises the squared error) or "percentile" (the published formula, at
+    `percentile`). shared: sites that take the largest of their scales. clip: weights' scales, "absmax" or by "search" for
+    the least squared error. propagate: what later blocks are calibrated on: outputs of the "quantized" blocks before
+    them, or of the "float" ones. rotate: linears that get an online Hadamard rotation in front; rotate_residual: turn
+    the residual stream; reorder: sort channels and cluster heads before channels are grouped. untie: store a tied head
+    twice. int4_vocabulary_from: integer embedding and head take 4 bits from this hidden size on (0: never).
     """
 
     name: str
     family: str
     weights: dict[str, WeightSpec] = field(default_factory=dict)
     sites: dict[str, SiteSpec] = field(default_factory=dict)
+    layers: tuple[Override, ...] = ()
     embedding: WeightSpec = WeightSpec()
     final_norm: SiteSpec = SiteSpec()
     lm_head: WeightSpec = WeightSpec()
+    int4_vocabulary_from: int = 0
+    untie: bool = False
     fold_norm: bool = True
     rotate: tuple[str, ...] = ()
+    rotate_residual: bool = False
+    reorder: bool = False
     observer: str = "minmax"
+    observers: dict[str, str] = field(default_factory=dict)
+    percentile: float = 0.9995
+    shared: tuple[tuple[str, ...], ...] = ()
+    clip: str = "absmax"
+    gptq: Gptq = Gptq()
     propagate: str = "quantized"
     calibration: Calibration = Calibration()
 
     def __post_init__(self) -> None:
-        choice("observer", self.observer, ("minmax", "mse"))
+        choice("observer", self.observer, OBSERVERS)
+        for site, observer in self.observers.items():
+            choice("observers", site, SITES)
+            choice(f"observers.{site}", observer, OBSERVERS)
+        for sites in self.shared:
+            for site in sites:
+                choice("shared", site, SITES)
+        choice("clip", self.clip, ("absmax", "search"))
         choice("propagate", self.propagate, ("quantized", "float"))
+        if not 0 < self.percentile <= 1:
+            raise RecipeError(f"percentile is {self.percentile}; it must lie between 0 and 1")
+        if self.gptq.damping <= 0:
+            raise RecipeError(f"gptq.damping is {self.gptq.damping}; it must be above 0")
         if self.calibration.samples < 1 or self.calibration.seq_len < 2:
             raise RecipeError("calibration needs at least 1 sample of 2 tokens")
-        for name in ("embedding", "final_norm", "lm_head"):
-            if not getattr(self, name).is_float:
-                raise RecipeError(f"{name}: this version keeps it in float (bits: 16)")
+        if self.rotate_residual and not self.fold_norm:
+            raise RecipeError(
+                "rotate_residual needs fold_norm: a rotation mixes the channels that a norm's weight scales"
+            )
+        for name in ("embedding", "lm_head"):
+            if getattr(self, name).axis == "split":
+                raise RecipeError(f"{name}: its rows are one thing, so axis can't be split")
+        if self.final_norm.axis != "tensor":
+            raise RecipeError("final_norm: the input of an integer linear needs axis: tensor, or scale: token")
+        if not self.final_norm.is_float and self.lm_head.is_float:
+            raise RecipeError("final_norm is integer, so lm_head must be, too")
+
+    def observer_of(self, site: str) -> str:
+        return self.observers.get(site, self.observer)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], where: str = "recipe") -> Recipe:
@@ -88,24 +146,89 @@ class Recipe:
             return cls.load(name)
         raise RecipeError(f"unknown recipe {name!r}{nearest(name, [*names, *PRESETS])}; or give a path to a YAML file")
 
-    def resolve(self, config: QuambaConfig) -> Plan:
-        """The plan for one model. RecipeError where the recipe asks for what the family can't do."""
+    def with_switches(
+        self,
+        embedding: bool | None = None,
+        lm_head: bool | None = None,
+        gptq: bool | None = None,
+        group_heads: bool | None = None,
+    ) -> Recipe:
+        """This recipe with integer vocabulary, GPTQ, or 4 x 4 scale groups by sorted channels switched on or off."""
         from quamba.mixers import MIXERS
 
-        blocks = []
-        for i, entry in enumerate(config.blocks):
-            if entry["mixer"] != self.family:
-                raise RecipeError(f"recipe {self.name} is for {self.family}, but block {i} is {entry['mixer']}")
-            mixer = MIXERS[entry["mixer"]]
-            args = mixer.Args(**entry["args"])
-            mixer.check_recipe(self.sites, self.weights)
-            rotations = mixer.rotations(args)
-            for name in self.rotate:
-                choice("rotate", name, tuple(rotations))
-            weights = {name: spec for name, spec in self.weights.items() if not spec.is_float}
-            sites = {name: spec for name, spec in self.sites.items() if not spec.is_float}
-            blocks.append(BlockPlan(sites, weights, {name: rotations[name] for name in self.rotate}))
-        return Plan(tuple(blocks), self.embedding, self.final_norm, self.lm_head, recipe=self.name)
+        changes: dict[str, Any] = {}
+        if embedding is not None and embedding == self.embedding.is_float:
+            changes["embedding"] = WeightSpec(8 if embedding else 16)
+        if lm_head is not None and lm_head == self.lm_head.is_float:
+            integer = any(not self.sites.get(site, SiteSpec()).is_float for site in ("mixer_in", "out_proj_in"))
+            changes["lm_head"] = WeightSpec(8 if lm_head else 16)
+            changes["final_norm"] = SiteSpec(8, "token") if lm_head and integer else SiteSpec()
+        if gptq is not None and gptq != bool(self.gptq.weights):
+            linears = (name for name in MIXERS[self.family].reads if name != "conv1d") if gptq else ()
+            changes["gptq"] = dataclasses.replace(self.gptq, weights=(*linears, "lm_head") if gptq else ())
+        if group_heads is not None and group_heads != self.reorder:
+            changes["reorder"] = group_heads
+            sites = {name: self.sites.get(name, SiteSpec()) for name in ("x", "B", "C")}
+            if group_heads and (self.family != "mamba2" or any(site.scale != "static" for site in sites.values())):
+                raise RecipeError("group_heads belongs to Mamba2 with static integer x, B and C (--w8a8, --w4a8)")
+            axis = "group" if group_heads else "channel"
+            grouped = {n: SiteSpec(8, "static", axis) for n, site in sites.items() if site.scale == "static"}
+            changes["sites"] = self.sites | grouped
+        return dataclasses.replace(self, **changes)
+
+    def resolve(self, config: QuambaConfig) -> Plan:
+        """The plan for one model. RecipeError where the recipe asks for what the family or the model can't do."""
+        blocks = tuple(self._block(config, index) for index in range(len(config.blocks)))
+        embedding, head = self.embedding, self.lm_head
+        if self.int4_vocabulary_from and config.hidden_size >= self.int4_vocabulary_from:
+            embedding, head = (WeightSpec(16 if spec.is_float else 4) for spec in (embedding, head))
+        if config.tie_word_embeddings and not self.untie and embedding != head:
+            raise RecipeError(
+                "this model's head is its embedding, one matrix in one format: quantize both or neither, or untie them"
+            )
+        rotation = Hadamard.plan(config.hidden_size) if self.rotate_residual else None
+        return Plan(blocks, embedding, self.final_norm, head, rotation, recipe=self.name)
+
+    def _block(self, config: QuambaConfig, index: int) -> BlockPlan:
+        from quamba.mixers import MIXERS
+
+        entry = config.blocks[index]
+        if entry["mixer"] != self.family:
+            raise RecipeError(f"recipe {self.name} is for {self.family}, but block {index} is {entry['mixer']}")
+        mixer = MIXERS[entry["mixer"]]
+        args = mixer.Args(**entry["args"])
+        weights, sites = dict(self.weights), dict(self.sites)
+        for override in self.layers:
+            for layer in override.layers:
+                if not -len(config.blocks) <= layer < len(config.blocks):
+                    raise RecipeError(f"layers names layer {layer}; the model has {len(config.blocks)}")
+                if layer % len(config.blocks) == index:
+                    weights |= override.weights
+                    sites |= override.sites
+        mlp_weights = {name: weights.pop(name) for name in GatedMLP.reads if name in weights}
+        mlp_sites = {name: sites.pop(name) for name in GatedMLP.reads.values() if name in sites}
+        mixer.check_recipe(sites, weights)
+        GatedMLP.check_recipe(mlp_sites, mlp_weights)
+        rotations = mixer.rotations(args)
+        if entry.get("mlp") is not None:  # what a recipe says of an MLP holds where there is one
+            weights, sites = weights | mlp_weights, sites | mlp_sites
+            rotations |= {"fc2": Hadamard.plan(entry["mlp"]["intermediate_size"])}
+        for name in self.rotate:
+            choice("rotate", name, (*rotations, "fc2"))
+        splits, groupings = mixer.splits(args), mixer.groupings(args)
+        for name, weight in weights.items():
+            if weight.axis == "split" and name not in splits:
+                raise RecipeError(f"weights.{name}: its rows are one thing, so axis can't be split")
+        for name, site in sites.items():
+            if site.axis == "group":
+                if name not in groupings:
+                    raise RecipeError(f"sites.{name} has no groups of channels in {self.family}")
+                sites[name] = dataclasses.replace(site, groups=groupings[name][1])
+        return BlockPlan(
+            {name: spec for name, spec in sites.items() if not spec.is_float},
+            {name: spec for name, spec in weights.items() if not spec.is_float},
+            {name: rotations[name] for name in self.rotate if name in rotations},
+        )
 
 
 def configs_dir() -> Path:

@@ -17,6 +17,12 @@ from quamba.errors import QuambaError
 @click.option("--w4a8", is_flag=True, help="int4 weights, int8 activations.")
 @click.option("--w4a16", is_flag=True, help="int4 weights, float activations.")
 @click.option("--recipe", metavar="FILE.yaml", help="A recipe of your own, or the name of one in configs/.")
+@click.option("--quantize-embedding/--no-quantize-embedding", "embedding", default=None, help="Integer embedding.")
+@click.option("--quantize-lm-head/--no-quantize-lm-head", "lm_head", default=None, help="Integer head.")
+@click.option("--apply-gptq/--no-apply-gptq", "gptq", default=None, help="Round weights by GPTQ.")
+@click.option(
+    "--group-heads/--no-group-heads", default=None, help="Mamba2: 4 x 4 scale groups by sorted channels and heads."
+)
 @click.option("-o", "--out", metavar="DIR", help="Where to; <model>-<recipe> in the current folder by default.")
 @click.option("--overwrite", is_flag=True, help="Replace DIR if it exists.")
 @click.option(
@@ -33,6 +39,10 @@ def quantize_command(
     w4a8: bool,
     w4a16: bool,
     recipe: str | None,
+    embedding: bool | None,
+    lm_head: bool | None,
+    gptq: bool | None,
+    group_heads: bool | None,
     out: str | None,
     overwrite: bool,
     calibration: str,
@@ -51,7 +61,8 @@ def quantize_command(
     quamba quantize mamba1-nano --w8a8
     quamba quantize path/to/mamba -o smaller --recipe my.yaml --calibration my.txt
 
-    Exactly one of --w8a8, --w4a8, --w4a16, --recipe. An interrupted run resumes when you type the same command again.
+    Exactly one of --w8a8, --w4a8, --w4a16, --recipe; the switches change what it says. An interrupted run resumes when
+    you type the same command again.
     """
     presets = [name for name, chosen in (("w8a8", w8a8), ("w4a8", w4a8), ("w4a16", w4a16)) if chosen]
     named = presets + ([recipe] if recipe else [])
@@ -64,6 +75,10 @@ def quantize_command(
     started = time.monotonic()
     checkpoint = open_checkpoint(model)
     resolved = Recipe.find(named[0], family=checkpoint.config.blocks[0]["mixer"])
+    tied = checkpoint.config.tie_word_embeddings and not resolved.untie
+    if tied and None in (embedding, lm_head):  # one matrix: either switch means both
+        embedding = lm_head = embedding if lm_head is None else lm_head
+    resolved = resolved.with_switches(embedding, lm_head, gptq, group_heads)
     folder = Path(out or f"{checkpoint.location.name}-{resolved.name}")
     if folder.exists() and not overwrite:
         raise QuambaError(f"{folder} exists: choose another folder (-o) or replace it with --overwrite")

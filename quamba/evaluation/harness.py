@@ -31,13 +31,15 @@ class Metric:
 @dataclass(frozen=True)
 class TaskResult:
     """One task: its metrics, over `samples` rows of `data`. `logliks`: log-likelihood of the target per row, if it is
-    a log-likelihood task with one target a row (lambada), in row order."""
+    a log-likelihood task with one target a row (lambada), in row order. `choices`: log-likelihood of each choice per row,
+    if it is a multiple-choice task."""
 
     task: str
     data: str
     samples: int
     metrics: dict[str, Metric]
     logliks: tuple[float, ...] = field(default=(), repr=False)
+    choices: tuple[tuple[float, ...], ...] = field(default=(), repr=False)
 
 
 def run_tasks(
@@ -123,7 +125,10 @@ def _result(task: str, label: str, found: dict[str, Any]) -> TaskResult:
             logliks = tuple(map(float, rows))
     if logliks:
         metrics["loglikelihood_per_word"] = Metric(*mean_and_stderr(logliks))
-    return TaskResult(task, label, found["n-samples"][task]["effective"], metrics, logliks)
+    choices: tuple[tuple[float, ...], ...] = ()
+    if found["configs"][task]["output_type"] == "multiple_choice":
+        choices = tuple(tuple(float(answer[0]) for answer in sample["filtered_resps"]) for sample in samples)
+    return TaskResult(task, label, found["n-samples"][task]["effective"], metrics, logliks, choices)
 
 
 def mean_and_stderr(values: Iterable[float]) -> tuple[float, float]:

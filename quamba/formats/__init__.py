@@ -17,6 +17,8 @@ _HOME = {
     "save_model": "load",
     "find": "location",
     "locate": "location",
+    "bits": "summary",
+    "summarize": "summary",
     "copy_tokenizer": "tokenizer",
     "load_tokenizer": "tokenizer",
 }
@@ -24,6 +26,7 @@ _HOME = {
 __all__ = [
     "ArtifactWriter",
     "Checkpoint",
+    "bits",
     "checkpoint_of",
     "copy_tokenizer",
     "expected_tensors",
@@ -34,6 +37,7 @@ __all__ = [
     "locate",
     "open_checkpoint",
     "save_model",
+    "summarize",
 ]
 
 if TYPE_CHECKING:
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
     from quamba.formats.checkpoint import Checkpoint, checkpoint_of, open_checkpoint
     from quamba.formats.load import load_model, save_model
     from quamba.formats.location import find, locate
+    from quamba.formats.summary import bits, summarize
     from quamba.formats.tokenizer import copy_tokenizer, load_tokenizer
 
 

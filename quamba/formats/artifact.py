@@ -93,8 +93,8 @@ def expected_tensors(config: QuambaConfig) -> dict[str, tuple[tuple[int, ...], t
         model = QuambaLMHeadModel(config)
     model.to(config.dtype or torch.float32)
     tensors = {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        tensors.pop("lm_head.weight")
+    for name in model.tied:
+        tensors.pop(name)
     return tensors
 
 

@@ -78,7 +78,7 @@ def checkpoint_of(model: Any) -> Checkpoint:
         )
     name = getattr(model, "name_or_path", "") or type(model).__name__
     location = Location(Path(), Path(name).name)
-    data = model.config.to_dict() | {"dtype": str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")}
+    data = model.config.to_dict() | {"dtype": str(model.dtype).removeprefix("torch.")}
     found = _identify(
         location, data, f"the configuration of {type(model).__name__}", lambda: LiveTensors(model.state_dict())
     )

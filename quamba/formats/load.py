@@ -45,11 +45,10 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: torc
     model.to(dtype or config.dtype)
     wanted = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     tensors = {name: cast(tensor, wanted[name]) for name, tensor in checkpoint.read(checkpoint.names).items()}
-    if config.tie_word_embeddings:
-        tensors["lm_head.weight"] = tensors["backbone.embedding.weight"]
+    tensors |= {head: tensors[embedding] for head, embedding in model.tied.items()}
     model.load_state_dict(tensors, strict=True, assign=True)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.backbone.embedding.get_parameter("weight")
+    for head, embedding in model.tied.items():
+        setattr(model.lm_head, head.removeprefix("lm_head."), model.get_parameter(embedding))
     config.dtype = dtype or config.dtype
     _generation_config(model, checkpoint.folder)
     model.name_or_path = checkpoint.location.name
@@ -117,11 +116,11 @@ def save_model(model, folder: str | os.PathLike, **kwargs: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)
     config = type(model.config).from_dict(model.config.to_dict())
-    config.dtype = model.backbone.embedding.weight.dtype
+    config.dtype = model.backbone.norm_f.weight.dtype
     writer = ArtifactWriter(folder, config)
     state = model.state_dict()
-    if config.tie_word_embeddings:
-        state.pop("lm_head.weight")
+    for name in model.tied:
+        state.pop(name)
     shards: dict[str, dict[str, Tensor]] = {shard: {} for shard in writer.shards()}
     for name, tensor in state.items():
         shards[shard_of(name)][name] = tensor

@@ -25,16 +25,18 @@ def read_config(config: dict[str, Any]) -> QuambaConfig:
     layer = ssm.get("layer", "Mamba1")
     if layer not in _LAYERS:
         raise CheckpointError(f"the model's layers are {layer}; this version reads {' and '.join(_LAYERS)}")
-    for key, fine in (("d_intermediate", 0), ("attn_layer_idx", []), ("rms_norm", True)):
+    for key, fine in (("attn_layer_idx", []), ("rms_norm", True)):
         if config.get(key, fine) != fine:
             raise CheckpointError(f"config.json has {key} = {config[key]}; this version reads {key} = {fine} only")
     hidden = config["d_model"]
     multiple = config.get("pad_vocab_size_multiple", 8)
     mixer, read_args = _LAYERS[layer]
+    inner = config.get("d_intermediate", 0)
+    mlp = {"intermediate_size": -(-inner // 128) * 128} if inner else None  # as mamba-ssm's GatedMLP rounds it
     return QuambaConfig(
         vocab_size=math.ceil(config["vocab_size"] / multiple) * multiple,
         hidden_size=hidden,
-        blocks=[{"mixer": mixer, "args": read_args(ssm, hidden), "mlp": None}] * config["n_layer"],
+        blocks=[{"mixer": mixer, "args": read_args(ssm, hidden), "mlp": mlp}] * config["n_layer"],
         residual_in_fp32=config.get("residual_in_fp32", True),
         tie_word_embeddings=config.get("tie_embeddings", True),
     )

@@ -4,13 +4,16 @@ from quamba.layers.conv1d import CausalConv1d
 from quamba.layers.embedding import Embedding
 from quamba.layers.hadamard import Hadamard
 from quamba.layers.linear import Linear
+from quamba.layers.mlp import GatedMLP
 from quamba.layers.norm import GatedRMSNorm, RMSNorm
 from quamba.layers.precise import PreciseModule
 from quamba.layers.sites import Output, Sites
+from quamba.layers.weight import WeightedModule
 
 __all__ = [
     "CausalConv1d",
     "Embedding",
+    "GatedMLP",
     "GatedRMSNorm",
     "Hadamard",
     "Linear",
@@ -18,4 +21,5 @@ __all__ = [
     "PreciseModule",
     "RMSNorm",
     "Sites",
+    "WeightedModule",
 ]

@@ -6,49 +6,50 @@ import torch
 from torch import Tensor, nn
 
 import quamba_kernels as kernels
-from quamba.layers.precise import PreciseModule, frozen
 from quamba.layers.sites import Output
+from quamba.layers.weight import WeightedModule
 from quamba.plan import WeightSpec
-from quamba.qtensor import QTensor
+from quamba.qtensor import QTensor, parts
 
 
-class CausalConv1d(PreciseModule):
-    """weight `[C, 1, K]`, float or int8 with `weight_scale` float32 `[C]`; optional bias `[C]`."""
+class CausalConv1d(WeightedModule):
+    """weight `[C, 1, K]`, float or int8 with `weight_scale` float32, `[C]` or one for all; optional bias `[C]`."""
 
-    precise = ("weight_scale",)
-
-    def __init__(self, channels: int, taps: int, bias: bool, spec: WeightSpec = WeightSpec()):
+    def __init__(
+        self,
+        channels: int,
+        taps: int,
+        bias: bool,
+        spec: WeightSpec = WeightSpec(),
+        bias_spec: WeightSpec = WeightSpec(),
+    ):
         super().__init__()
-        self.channels, self.taps, self.spec = channels, taps, spec
-        self.weight_scale: Tensor | None
-        if spec.is_float:
-            self.weight = nn.Parameter(torch.empty(channels, 1, taps))
-            self.register_parameter("weight_scale", None)
+        self.channels, self.taps = channels, taps
+        self.hold_weight(spec, channels, 1, taps)
+        if bias:
+            self.add_vector("bias", (channels,), bias_spec, torch.zeros, precise=False)
         else:
-            self.weight = frozen(channels, 1, taps, dtype=torch.int8)
-            self.weight_scale = frozen(channels, dtype=torch.float32)
-        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
+            self.register_parameter("bias", None)
 
     def reset_parameters(self) -> None:
         if self.spec.is_float:
-            nn.init.normal_(self.weight, std=self.taps**-0.5)
+            nn.init.normal_(self.weight, std=self.taps**-0.5)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor | QTensor, out: Output, state: Tensor | None = None, mask: Tensor | None = None):
         """x `[B, L, C]`; state `[B, C, K-1]` in x's dtype, updated in place; mask bool `[B, L]`."""
-        weight = self.weight.squeeze(1)
         integer = isinstance(x, QTensor)
-        if integer != (self.weight_scale is not None):
+        if integer == self.spec.is_float:
             have, want = ("a QTensor", "float") if integer else ("a float tensor", "integer")
             raise TypeError(f"a convolution with {want} weights was given {have}")
-        values, scale = (x.values, x.scale) if isinstance(x, QTensor) else (x, None)
+        values, scale = parts(x)
         y = kernels.causal_conv1d(
             values,
-            weight,
-            self.bias,
+            self.weight.squeeze(1),
+            None if self.bias is None else self.vector("bias"),
             state=state,
             mask=mask,
             x_scale=scale,
-            weight_scale=self.weight_scale,
+            weight_scale=self.row_scale(self.channels) if integer else None,
             inv=out.inv,
         )
         return out.finish(y)

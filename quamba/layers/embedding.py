@@ -1,21 +1,29 @@
-"""Token embedding."""
+"""Token embedding, float, int8 or int4."""
 
-import torch
 from torch import Tensor, nn
 
 import quamba_kernels as kernels
+from quamba.layers.weight import WeightedModule
+from quamba.plan import WeightSpec
 
 
-class Embedding(nn.Module):
-    """weight `[V, D]`, float."""
+class Embedding(WeightedModule):
+    """weight `[V, D]` as in `quamba.layers.weight`. Integer rows come back as float32 reals."""
 
-    def __init__(self, vocabulary: int, width: int):
+    def __init__(self, vocabulary: int, width: int, spec: WeightSpec = WeightSpec()):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocabulary, width))
+        self.vocabulary, self.width = vocabulary, width
+        self.hold_weight(spec, vocabulary, width)
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=0.02)
+        if self.spec.is_float:
+            nn.init.normal_(self.weight, std=0.02)  # type: ignore[arg-type]
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids int64 `[B, L]` to `[B, L, D]`."""
-        return kernels.embedding(ids, self.weight)
+        if self.spec.is_float:
+            return kernels.embedding(ids, self.weight)
+        scale = self.row_scale(self.vocabulary)
+        if self.spec.bits == 8:
+            return kernels.embedding(ids, self.weight, scale)
+        return kernels.embedding(ids, self.weight_packed, scale, self.weight_group_scale, self.width)

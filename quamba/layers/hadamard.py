@@ -32,19 +32,28 @@ class Hadamard(nn.Module):
         """The rotation to record for a width; every width has one."""
         return Rotation(width, *factor(width))
 
-    def _rotate(self, x: Tensor, inv: Tensor | None) -> Tensor:
+    def _rotate(self, x: Tensor, inv: Tensor | None = None, back: bool = False) -> Tensor:
         r = self.rotation
         if r is None:
             return x if inv is None else kernels.quantize(x, inv)
-        if r.matrix in ("sylvester", "identity"):
+        if r.matrix in ("sylvester", "identity"):  # symmetric: its own inverse
             return kernels.hadamard(x, None, blocks=r.m, inv=inv)
         if x.device not in self._outer:
             self._outer[x.device] = outer_matrix(r.matrix).to(x.device)
-        return kernels.hadamard(x, self._outer[x.device], inv=inv)
+        outer = self._outer[x.device]
+        return kernels.hadamard(x, outer.T.contiguous() if back else outer, inv=inv)
 
     def forward(self, x: Tensor, out: Output):
         return out.finish(self._rotate(x, out.inv))
 
     def rotate_weight(self, weight: Tensor) -> Tensor:
         """`W Hᵀ`, so that `(x Hᵀ)(W Hᵀ)ᵀ = x Wᵀ`. Same dtype; computed in float32."""
-        return self._rotate(weight.float(), None).to(weight.dtype)
+        return self._rotate(weight.float()).to(weight.dtype)
+
+    def turn(self, x: Tensor) -> Tensor:
+        """`x Hᵀ` as a float tensor, outside any site: the residual stream on its way in."""
+        return self._rotate(x)
+
+    def turn_back(self, x: Tensor) -> Tensor:
+        """`x H`, which undoes `turn`."""
+        return self._rotate(x, back=True)

@@ -6,27 +6,25 @@ import torch
 from torch import Tensor, nn
 
 import quamba_kernels as kernels
-from quamba.layers.precise import PreciseModule, frozen
 from quamba.layers.sites import Output
+from quamba.layers.weight import WeightedModule
 from quamba.plan import WeightSpec
 from quamba.qtensor import QTensor
 
 
-class Linear(PreciseModule):
+class Linear(WeightedModule):
     """`y = x Wᵀ + b`.
 
     | weight | input | arithmetic |
     |---|---|---|
     | float | float | float, in the weight's dtype |
-    | int8 | QTensor, axis tensor or token | int8 x int8, exact int32, scales after accumulation |
-    | int8 | float | weight-only |
+    | int8, int4 | QTensor, axis tensor or token | int8 x int8, exact int32, scales after accumulation |
+    | int8, int4 | float | weight-only |
     | float | QTensor | TypeError |
 
-    weight `[out, in]`, float or int8; `weight_scale` float32 `[out]` with int8; bias optional. `integer_input` says that
-    the plan gives this layer an integer input: then a float one is a TypeError, not a silent detour.
+    Weight `[out, in]` as in `quamba.layers.weight`; bias `[out]` optional. `integer_input` says that the plan gives this
+    layer an integer input: then a float one is a TypeError, not a silent detour. `bias_spec`: the bias may be int8.
     """
-
-    precise: tuple[str, ...] = ("weight_scale",)
 
     def __init__(
         self,
@@ -36,43 +34,46 @@ class Linear(PreciseModule):
         spec: WeightSpec = WeightSpec(),
         integer_input: bool = False,
         precise_bias: bool = False,
+        bias_spec: WeightSpec = WeightSpec(),
     ):
         super().__init__()
-        self.inputs, self.outputs, self.spec, self.integer_input = inputs, outputs, spec, integer_input
-        self.weight_scale: Tensor | None
-        if spec.is_float:
-            self.weight = nn.Parameter(torch.empty(outputs, inputs))
-            self.register_parameter("weight_scale", None)
+        self.inputs, self.outputs, self.integer_input = inputs, outputs, integer_input
+        self.hold_weight(spec, outputs, inputs)
+        if bias:
+            self.add_vector("bias", (outputs,), bias_spec, torch.zeros, precise_bias)
         else:
-            self.weight = frozen(outputs, inputs, dtype=torch.int8)
-            self.weight_scale = frozen(outputs, dtype=torch.float32)
-        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
-        if precise_bias:
-            self.precise = ("weight_scale", "bias")
+            self.register_parameter("bias", None)
 
     def reset_parameters(self) -> None:
         if self.spec.is_float:
-            nn.init.normal_(self.weight, std=self.inputs**-0.5)
+            nn.init.normal_(self.weight, std=self.inputs**-0.5)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor | QTensor, out: Output | None = None, add_bias: bool = True):
         """x `[..., in]`; with `out`, the result goes to that site (or those sites) instead of coming back as float."""
-        bias: Tensor | None = self.bias if add_bias else None
-        if bias is not None and self.weight_scale is not None:
+        bias = self.vector("bias") if add_bias and self.bias is not None else None
+        if bias is not None and not self.spec.is_float:
             bias = bias.float()
         inv = None if out is None else out.inv
         y: Tensor
         if isinstance(x, QTensor):
-            if self.weight_scale is None:
+            if x.axis == "channel":
+                raise TypeError("an integer linear takes per-tensor or per-token scales, not channel scales")
+            if self.spec.bits == 8:
+                y = kernels.w8a8_linear(x.values, x.scale, self.weight, self.row_scale(self.outputs), bias, inv)
+            elif self.spec.bits == 4:
+                y = kernels.w4a8_linear(
+                    x.values, x.scale, self.weight_packed, self.weight_group_scale, self.weight_scale, bias, inv
+                )
+            else:
                 raise TypeError(
                     "a linear with float weights was given a QTensor: its plan and its input's site disagree"
                 )
-            if x.axis == "channel":
-                raise TypeError("an integer linear takes per-tensor or per-token scales, not channel scales")
-            y = kernels.w8a8_linear(x.values, x.scale, self.weight, self.weight_scale, bias, inv)
-        elif self.weight_scale is not None:
-            if self.integer_input:
-                raise TypeError("a linear planned for integer inputs was given a float tensor")
-            y = kernels.w8_linear(x, self.weight, self.weight_scale, bias, inv)
+        elif self.integer_input:
+            raise TypeError("a linear planned for integer inputs was given a float tensor")
+        elif self.spec.bits == 8:
+            y = kernels.w8_linear(x, self.weight, self.row_scale(self.outputs), bias, inv)
+        elif self.spec.bits == 4:
+            y = kernels.w4_linear(x, self.weight_packed, self.weight_group_scale, self.weight_scale, bias, inv)
         else:
             y = kernels.linear(x, self.weight, bias)
             if inv is not None:

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 import quamba_kernels as kernels
 from quamba.layers.sites import Output
+from quamba.qtensor import QTensor, parts
 
 
 class RMSNorm(nn.Module):
@@ -21,13 +22,15 @@ class RMSNorm(nn.Module):
 
 
 class GatedRMSNorm(nn.Module):
-    """Mamba2's norm, per group of channels, with its gate. weight `[I]`. Computed in float32, returned in its dtype."""
+    """Mamba2's norm, per group of channels, with its gate. weight `[I]`. Computed in float32."""
 
     def __init__(self, width: int, eps: float, groups: int = 1, norm_before_gate: bool = False):
         super().__init__()
         self.eps, self.groups, self.norm_before_gate = eps, groups, norm_before_gate
         self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        """x, z `[..., I]`, float."""
-        return kernels.gated_rms_norm(x, z, self.weight, self.eps, self.groups, self.norm_before_gate)
+    def forward(self, x: Tensor, z: Tensor | QTensor, precise: bool = False) -> Tensor:
+        """x float, z float or int8, `[..., I]`; the result has the weight's dtype, or float32 if `precise`."""
+        weight = self.weight.float() if precise else self.weight
+        gate, scale = parts(z)
+        return kernels.gated_rms_norm(x, gate, weight, self.eps, self.groups, self.norm_before_gate, z_scale=scale)

@@ -1,7 +1,13 @@
 """Tensors that stay float32 whatever dtype the model is cast to."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+
+from quamba.plan import WeightSpec
 
 
 def _move_only(fn, tensor: Tensor) -> Tensor:
@@ -32,7 +38,29 @@ class PreciseModule(nn.Module):
                 self._buffers[name] = moved
         return self
 
+    def add_vector(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        spec: WeightSpec = WeightSpec(),
+        make: Callable[..., Tensor] = torch.empty,
+        precise: bool = True,
+    ) -> None:
+        """A small parameter that isn't multiplied as a matrix: float, or int8 codes with one scale, `<name>_scale`."""
+        if spec.is_float:
+            self.register_parameter(name, nn.Parameter(make(shape)))
+            self.precise = (*self.precise, name) if precise else self.precise
+        else:
+            self.register_parameter(name, frozen(*shape, dtype=torch.int8))
+            self.register_parameter(f"{name}_scale", frozen(dtype=torch.float32))
+            self.precise = (*self.precise, f"{name}_scale")
+
+    def vector(self, name: str) -> Tensor:
+        """The value of such a parameter, float."""
+        codes = self.get_parameter(name)
+        return codes if codes.is_floating_point() else codes.float() * self.get_parameter(f"{name}_scale")
+
 
 def frozen(*shape: int, dtype: torch.dtype) -> nn.Parameter:
     """An uninitialised parameter without gradient: integer codes, or scales."""
-    return nn.Parameter(torch.zeros(*shape, dtype=dtype), requires_grad=False)
+    return nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False)

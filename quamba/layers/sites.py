@@ -16,27 +16,38 @@ from quamba.layers.precise import PreciseModule
 from quamba.plan import SiteSpec
 from quamba.qtensor import QTensor
 
-Observer = Callable[[str, Tensor], None]
-
 
 class Sites(PreciseModule):
     """`widths` gives each site's number of channels, `specs` its representation; unlisted sites are float.
 
-    A static site has one float32 buffer under its own name: 0-d for axis tensor, `[width]` for axis channel.
-    `observer(name, float tensor)` is called with every float value that passes a site (set while calibrating).
+    A static site has one float32 buffer under its own name: 0-d for axis tensor, `[width]` for axis channel, `[groups]`
+    for axis group with `<name>_group` int16 `[width]`, the group of each channel. The recurrent state's scale differs
+    by state index, too: `depths` gives their number, and groups have scales `[groups, depth]`.
+    `observers`: name -> function called with every float value that passes that site (set while calibrating).
     """
 
-    def __init__(self, widths: dict[str, int], specs: dict[str, SiteSpec]):
+    def __init__(self, widths: dict[str, int], specs: dict[str, SiteSpec], depths: dict[str, int] | None = None):
         super().__init__()
         self.widths = widths
+        self.depths = depths or {}
         self.specs = {name: specs.get(name, SiteSpec()) for name in widths}
-        self.observer: Observer | None = None
+        self.observers: dict[str, Callable[[Tensor], None]] = {}
         static = [name for name, spec in self.specs.items() if spec.scale == "static"]
         for name in static:
-            shape = (widths[name],) if self.specs[name].axis == "channel" else ()
-            self.register_buffer(name, torch.ones(shape, dtype=torch.float32))
+            spec, width, depth = self.specs[name], widths[name], self.depths.get(name, 0)
+            shape = {"tensor": (), "channel": (width,), "group": (spec.groups, depth) if depth > 1 else (spec.groups,)}
+            self.register_buffer(name, torch.ones(shape[spec.axis], dtype=torch.float32))
+            if spec.axis == "group":
+                self.register_buffer(f"{name}_group", torch.zeros(width, dtype=torch.int16))
         self.precise = tuple(static)
         self._outputs: dict[tuple[str, ...], Output] = {}
+
+    def scale(self, name: str) -> Tensor:
+        """The static scale of a site as kernels take it: 0-d or `[width]` (`[width, depth]`)."""
+        scale = getattr(self, name)
+        if self.specs[name].axis == "group":
+            scale = scale[getattr(self, f"{name}_group").long()]
+        return scale
 
     def __call__(self, *names: str) -> Output:
         """Where a layer's result goes: one site, or several side by side along the last axis."""
@@ -64,13 +75,13 @@ class Output:
         self.sizes = [sites.widths[n] for n in names]
         specs = [sites.specs[n] for n in names]
         self.integer = not all(s.is_float for s in specs)
+        static = [name for name, spec in zip(names, specs, strict=True) if spec.scale == "static"]
+        self.scales = {name: sites.scale(name) for name in static}
+        self.inverse = {name: 1.0 / scale for name, scale in self.scales.items()}
         self.inv: Tensor | None = None
-        if all(s.scale == "static" for s in specs):
-            scales = [getattr(sites, n) for n in names]
-            if len(names) == 1:
-                self.inv = 1.0 / scales[0]
-            else:
-                self.inv = torch.cat([1.0 / s.expand(size) for s, size in zip(scales, self.sizes, strict=True)])
+        if len(static) == len(names):
+            pieces = [self.inverse[name].expand(size) for name, size in zip(names, self.sizes, strict=True)]
+            self.inv = self.inverse[names[0]] if len(names) == 1 else torch.cat(pieces)
 
     def finish(self, y: Tensor) -> QTensor | Tensor | list[QTensor | Tensor]:
         """What an op computed with `inv` becomes: a QTensor or float for one site, a list of them for several."""
@@ -80,12 +91,11 @@ class Output:
 
     def _site(self, name: str, y: Tensor) -> QTensor | Tensor:
         spec = self.sites.specs[name]
-        if self.sites.observer is not None and y.is_floating_point():
-            self.sites.observer(name, y)
+        if name in self.sites.observers and y.is_floating_point():
+            self.sites.observers[name](y)
         if spec.is_float:
             return y
         if spec.scale == "token":
             return QTensor(*kernels.quantize_per_token(y), "token")
-        scale = getattr(self.sites, name)
-        values = kernels.quantize(y, 1.0 / scale) if y.is_floating_point() else y
-        return QTensor(values, scale, spec.axis)
+        values = kernels.quantize(y, self.inverse[name]) if y.is_floating_point() else y
+        return QTensor(values, self.scales[name], "tensor" if spec.axis == "tensor" else "channel")

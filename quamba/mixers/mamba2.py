@@ -9,7 +9,8 @@ K taps of the convolution.
     y            = norm(y * silu(z))              per group of I / norm_groups channels
     out          = out_proj(y Hᵀ)                 site  out_proj_in
 
-Kept in float32 whatever the model's dtype: A_log, D, dt_bias.
+Site `state` is the recurrent state [B, H, P, N] between two calls. Kept in float32 whatever the model's dtype: A_log, D,
+dt_bias, every scale.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import quamba_kernels as kernels
-from quamba.errors import QuambaError, RecipeError
-from quamba.layers import CausalConv1d, GatedRMSNorm, Hadamard, Linear, PreciseModule, Sites
-from quamba.plan import BlockPlan, Rotation, SiteSpec, WeightSpec
-from quamba.qtensor import QTensor
-from quamba.schema import choice
+from quamba.errors import QuambaError
+from quamba.layers import CausalConv1d, GatedRMSNorm, Hadamard, Sites
+from quamba.mixers.mixer import Mixer
+from quamba.plan import BlockPlan, Rotation
+from quamba.qtensor import QTensor, parts, real
 from quamba.state import LayerState
 
 
@@ -82,44 +83,45 @@ class Mamba2Args:
         return self.dt_min, math.inf if self.dt_max is None else self.dt_max
 
 
-class Mamba2(PreciseModule):
+class Mamba2(Mixer):
     """Parameters: in_proj `[2I + 2GN + H, D]` (rows z, x, B, C, dt), conv1d `[I + 2GN, 1, K]` (rows x, B, C), A_log `[H]`,
     dt_bias `[H]`, D `[H]` or `[I]`, norm `[I]` unless rms_norm is off, out_proj `[D, I]`."""
 
     Args = Mamba2Args
-    precise = ("A_log", "D", "dt_bias")
 
     reads: ClassVar = {"in_proj": "mixer_in", "conv1d": "conv_in", "out_proj": "out_proj_in"}
-    integer_sites: tuple[str, ...] = ()
+    vectors: ClassVar = {"conv_bias": "conv1d.bias", "A_log": "A_log", "D": "D"}
+    products = ("mixer_in", "out_proj_in")
+    elementwise = ("conv_in", "z", "x", "B", "C")
+    converted = ("dt",)
 
     def __init__(self, args: Mamba2Args, hidden_size: int, plan: BlockPlan):
         super().__init__()
         self.args, self.plan = args, plan
         inner, heads = args.intermediate_size, args.num_heads
-
-        def linear(name: str, inputs: int, outputs: int) -> Linear:
-            integer = not plan.site(self.reads[name]).is_float
-            return Linear(inputs, outputs, args.use_bias, plan.weight(name), integer)
-
-        self.in_proj = linear("in_proj", hidden_size, inner + args.conv_width + heads)
-        self.conv1d = CausalConv1d(args.conv_width, args.conv_kernel, args.use_conv_bias, plan.weight("conv1d"))
-        self.A_log = nn.Parameter(torch.empty(heads))
-        self.dt_bias = nn.Parameter(torch.empty(heads))
-        self.D = nn.Parameter(torch.empty(inner if args.D_has_hdim else heads))
+        self.in_proj = self.linear("in_proj", hidden_size, inner + args.conv_width + heads, args.use_bias)
+        self.conv1d = CausalConv1d(
+            args.conv_width, args.conv_kernel, args.use_conv_bias, plan.weight("conv1d"), plan.weight("conv_bias")
+        )
+        self.add_vector("A_log", (heads,), plan.weight("A_log"))
+        self.add_vector("dt_bias", (heads,))
+        self.add_vector("D", (inner if args.D_has_hdim else heads,), plan.weight("D"))
         self.norm = None
         if args.rms_norm:
             self.norm = GatedRMSNorm(inner, args.norm_epsilon, args.norm_groups, args.norm_before_gate)
         self.rotation = Hadamard(plan.rotations.get("out_proj"))
-        self.out_proj = linear("out_proj", inner, hidden_size)
+        self.out_proj = self.linear("out_proj", inner, hidden_size, args.use_bias)
 
     def reset_parameters(self) -> None:
         """Random weights with the published initial A (between -1 and -16) and dt (between 0.001 and 0.1)."""
         heads = self.args.num_heads
+        if self.plan.weights:  # integers come from a checkpoint
+            return
         with torch.no_grad():
-            self.A_log.copy_((1 + 15 * torch.rand(heads)).log())
-            self.D.fill_(1.0)
+            self.vector("A_log").copy_((1 + 15 * torch.rand(heads)).log())
+            self.vector("D").fill_(1.0)
             dt = torch.exp(torch.rand(heads) * (math.log(0.1) - math.log(0.001)) + math.log(0.001))
-            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+            self.vector("dt_bias").copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
 
     @staticmethod
     def site_widths(args: Mamba2Args, hidden_size: int) -> dict[str, int]:
@@ -133,7 +135,27 @@ class Mamba2(PreciseModule):
             "B": args.group_width,
             "C": args.group_width,
             "out_proj_in": inner,
+            "state": inner,
         }
+
+    @staticmethod
+    def splits(args: Mamba2Args) -> dict[str, list[int]]:
+        inner, width = args.intermediate_size, args.group_width
+        return {"in_proj": [inner, inner, width, width, args.num_heads], "conv1d": [inner, width, width]}
+
+    @staticmethod
+    def groupings(args: Mamba2Args) -> dict[str, tuple[Tensor, int]]:
+        """conv_in: x, B, C apart. B, C: by SSD group. x, state: four groups of channels in each of four groups of heads
+        of an SSD group, as many channels in each as can be; `quamba.quantizer.reorder` finds better ones."""
+        inner, width = args.intermediate_size, args.group_width
+        ssd = torch.arange(width) // args.state_size
+        channel = torch.arange(inner)
+        head, place = channel // args.head_dim, channel % args.head_dim
+        per_group = args.num_heads // args.n_groups
+        x = head // per_group * 16 + head % per_group * 4 // per_group * 4 + place * 4 // args.head_dim
+        conv = torch.repeat_interleave(torch.arange(3), torch.tensor([inner, width, width]))
+        by_ssd, by_cluster = (ssd, args.n_groups), (x, 16 * args.n_groups)
+        return {"conv_in": (conv, 3), "x": by_cluster, "B": by_ssd, "C": by_ssd, "state": by_cluster}
 
     @staticmethod
     def state_shapes(args: Mamba2Args) -> dict[str, tuple[int, ...]]:
@@ -147,17 +169,6 @@ class Mamba2(PreciseModule):
         """The online rotations this family permits, by the linear they stand in front of."""
         return {"out_proj": Hadamard.plan(args.intermediate_size)}
 
-    @classmethod
-    def check_recipe(cls, sites: dict[str, SiteSpec], weights: dict[str, WeightSpec]) -> None:
-        """RecipeError for every integer entry: there is no integer arithmetic for this family yet."""
-        for name in weights:
-            choice("weights", name, tuple(cls.reads))
-        entries: list[tuple[str, SiteSpec | WeightSpec]] = [(f"sites.{name}", spec) for name, spec in sites.items()]
-        entries += [(f"weights.{name}", spec) for name, spec in weights.items()]
-        for name, spec in entries:
-            if not spec.is_float:
-                raise RecipeError(f"{name} can't be integer: this version quantizes mamba1, and runs mamba2 in float")
-
     def forward(
         self, u: Tensor | QTensor, sites: Sites, state: LayerState | None = None, mask: Tensor | None = None
     ) -> Tensor:
@@ -165,36 +176,32 @@ class Mamba2(PreciseModule):
         args = self.args
         heads, groups = (args.num_heads, args.head_dim), (args.n_groups, args.state_size)
         z, xBC, dt = self.in_proj(u, sites("z", "conv_in", "dt"))
-        x, B, C = self.conv1d(xBC, sites("x", "B", "C"), None if state is None else state.conv, mask)
-        y = kernels.ssd_scan(
-            x.unflatten(-1, heads),
-            dt,
-            -torch.exp(self.A_log),
-            B.unflatten(-1, groups),
-            C.unflatten(-1, groups),
-            self.D.unflatten(0, heads) if args.D_has_hdim else self.D,
-            self.dt_bias,
-            state=None if state is None else state.recurrent,
-            mask=mask,
-            dt_limit=args.dt_limit,
-            chunk_size=args.chunk_size,
-        ).flatten(-2)
-        y = y * F.silu(z.float()) if self.norm is None else self.norm(y, z)
-        return self.out_proj(self.rotation(y, sites("out_proj_in")))
+        dt = real(dt)
+        pieces = self.conv1d(xBC, sites("x", "B", "C"), None if state is None else state.conv, mask)
+        (x, x_scale), (B, B_scale), (C, C_scale) = (parts(piece) for piece in pieces)
+        x, B, C = x.unflatten(-1, heads), B.unflatten(-1, groups), C.unflatten(-1, groups)
+        A, D = -torch.exp(self.vector("A_log")), self.vector("D")
+        D = D.unflatten(0, heads) if args.D_has_hdim else D
 
-    @torch.no_grad()
-    def fold_norm(self, weight: Tensor) -> None:
-        """Multiply the block norm's weight `[D]` into in_proj's columns (the norm then has weight 1)."""
-        for rows in self.in_proj.weight.split(256):  # a float64 copy of all of it would be the peak of memory
-            rows.copy_(rows.double() * weight.double())
+        def scan(tokens: slice, recurrent: Tensor | None) -> Tensor:
+            return kernels.ssd_scan(
+                x[:, tokens],
+                dt[:, tokens],
+                A,
+                B[:, tokens],
+                C[:, tokens],
+                D,
+                self.vector("dt_bias"),
+                state=recurrent,
+                mask=None if mask is None else mask[:, tokens],
+                dt_limit=args.dt_limit,
+                chunk_size=args.chunk_size,
+                x_scale=x_scale,
+                B_scale=B_scale,
+                C_scale=C_scale,
+            )
 
-    @torch.no_grad()
-    def rotate(self, rotations: dict[str, Rotation]) -> None:
-        """Switch the named online rotations on, and turn the weights behind them to match."""
-        for name, rotation in rotations.items():
-            self.rotation = Hadamard(rotation)
-            self.out_proj.weight.copy_(self.rotation.rotate_weight(getattr(self, name).weight))
-
-    @torch.no_grad()
-    def fold_scales(self, scales: dict[str, Tensor], plan: BlockPlan) -> None:
-        """Nothing: no weight of this family holds another site's scales."""
+        y = self.recur(scan, sites, state, x.shape[1]).flatten(-2)
+        out = sites("out_proj_in")
+        y = y * F.silu(real(z).float()) if self.norm is None else self.norm(y, z, precise=out.integer)
+        return self.out_proj(self.rotation(y, out))

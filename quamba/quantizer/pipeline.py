@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ from quamba.formats.tokenizer import copy_tokenizer
 from quamba.mixers import MIXERS
 from quamba.model import Block
 from quamba.plan import BlockPlan, Plan
+from quamba.quantizer.block import BlockQuantizer, gptq_weights
 from quamba.quantizer.calibration import CalibrationSet
 from quamba.quantizer.card import model_card
-from quamba.quantizer.observers import Observer
+from quamba.quantizer.reorder import ChannelStatistic, reorder_mamba2, sort_and_cluster
+from quamba.quantizer.rotate import fold_norms, rotate_online, rotate_residual
 from quamba.quantizer.run import RunFolder
 from quamba.quantizer.stream import Stream
-from quamba.quantizer.weights import quantize_block
+from quamba.quantizer.vocabulary import embed, finish
 from quamba.recipe import Recipe
 
 Progress = Callable[[int, int, str], None]
@@ -54,6 +56,7 @@ def run_pipeline(
         raise QuambaError(f"{checkpoint.location.name} is quantized already; give the float model")
     plan = dataclasses.replace(recipe.resolve(checkpoint.config), provenance=_provenance(checkpoint, calibration))
     config = checkpoint.config.with_plan(plan)
+    config.tie_word_embeddings = config.tie_word_embeddings and not recipe.untie
     config.dtype = dtype or checkpoint.config.dtype
     with RunFolder(out, overwrite) as folder, torch.no_grad():
         job = _Job(checkpoint, recipe, plan, config, calibration.ids, folder, device or torch.device("cpu"), progress)
@@ -86,6 +89,8 @@ class _Job:
         widest = max(_widest_site(block, config.hidden_size) for block in config.blocks)
         self.batch = max(1, min(samples, BATCH_ELEMENTS // (seq_len * widest)))
         self.steps = -(-samples // self.batch)  # batches in one pass
+        self.passes = [self._passes(block) for block in plan.blocks]
+        self.done = 0  # batches, in all passes
         self.key = {
             "model": checkpoint.files.fingerprint(),
             "recipe": dataclasses.asdict(recipe),
@@ -98,20 +103,32 @@ class _Job:
     def stream(self, block: int) -> Stream:
         return Stream(self.folder.path, block, (*self.ids.shape, self.config.hidden_size), self.batch)
 
+    def _passes(self, plan: BlockPlan) -> int:
+        """How often a block reads the whole stream."""
+        return 1 + self.recipe.reorder + len(gptq_weights(plan, self.recipe)) + (self.recipe.propagate == "quantized")
+
     def run(self) -> None:
         layers = self.config.num_hidden_layers
-        done = self.folder.resume(self.key)
-        if done < 0:
+        finished = self.folder.resume(self.key)
+        if finished < 0:
             self.folder.need(2 * self.stream(0).nbytes + self._model_bytes())
             self._embedding()
             self.folder.mark(self.key, 0)
-            done = 0
-        for index in range(done, layers):
+            finished = 0
+        self.done = self.steps * sum(self.passes[:finished])
+        for index in range(finished, layers):
             self._block(index)
             self.folder.mark(self.key, index + 1)
             self.stream(index).delete()
-        head = ["backbone.norm_f.weight"] + ([] if self.config.tie_word_embeddings else ["lm_head.weight"])
-        self.writer.write("head.safetensors", self._as_float(self.checkpoint.read(head)))
+        self._head()
+
+    def _each(self, block: int, text: str) -> Iterator[Tensor]:
+        """The batches of the stream in front of a block, with progress."""
+        total = self.steps * sum(self.passes)
+        for batch in self.stream(block).batches():
+            yield batch.to(self.device)
+            self.done += 1
+            self.progress(self.done, total, f"block {block + 1}/{self.config.num_hidden_layers}: {text}")
 
     def _model_bytes(self) -> int:
         from quamba.formats.artifact import expected_tensors
@@ -119,71 +136,91 @@ class _Job:
         sizes = [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in expected_tensors(self.config).values()]
         return int(1.01 * sum(sizes)) + 1_000_000
 
-    def _as_float(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: cast(tensor, self.config.dtype) for name, tensor in tensors.items()}
+    def _write(self, shard: str, tensors: dict[str, Tensor]) -> None:
+        """Float tensors that may be rounded to the model's dtype are; scales stay as they are."""
+        precise = {name for name in tensors if "scale" in name}
+        self.writer.write(
+            shard,
+            {
+                n: cast(t, self.config.dtype) if t.is_floating_point() and n not in precise else t
+                for n, t in tensors.items()
+            },
+        )
 
     def _embedding(self) -> None:
         name = "backbone.embedding.weight"
-        weight = self._as_float(self.checkpoint.read([name]))[name]
-        self.writer.write("embedding.safetensors", {name: weight})
-        self.stream(0).write(kernels.embedding(ids, weight) for ids in self.ids.split(self.batch))
+        # The model will see the weights as they are stored.
+        weight = cast(self.checkpoint.read([name])[name], self.config.dtype).float()
+        ids = self.ids.split(self.batch)
+        tensors, stream = embed(weight, self.plan, self.recipe, self.config.tie_word_embeddings, ids)
+        self._write("embedding.safetensors", {f"backbone.embedding.{n}": t for n, t in tensors.items()})
+        self.stream(0).write(stream)
+
+    def _head(self) -> None:
+        names = ["backbone.norm_f.weight"]
+        if not self.config.tie_word_embeddings:
+            names.append(
+                "backbone.embedding.weight" if self.checkpoint.config.tie_word_embeddings else "lm_head.weight"
+            )
+        tensors = {name: tensor.float() for name, tensor in self.checkpoint.read(names).items()}
+        norm, head = tensors.pop("backbone.norm_f.weight"), next(iter(tensors.values()), None)
+        last = self.stream(self.config.num_hidden_layers)
+        found = finish(norm, head, self.config.layer_norm_epsilon, self.plan, self.recipe, last.batches)
+        self._write("head.safetensors", found)
 
     def _block(self, index: int) -> None:
-        layers = self.config.num_hidden_layers
-        plan = self.plan.blocks[index]
-        before, after = self.stream(index), self.stream(index + 1)
-        step, total = 2 * index * self.steps, 2 * layers * self.steps
-
-        def each(batches, text: str):
-            nonlocal step
-            for batch in batches:
-                yield batch.to(self.device)
-                step += 1
-                self.progress(step, total, f"block {index + 1}/{layers}: {text}")
-
-        source = self._float_block(index, plan)
-        observers = {
-            name: Observer(f"block {index}, {name}", source.scales.widths[name], spec, self.recipe.observer)
-            for name, spec in plan.sites.items()
-            if spec.scale == "static"
-        }
-
-        def observe(name: str, value: Tensor) -> None:
-            if name in observers:
-                observers[name].add(value.cpu())
-
-        source.scales.observer = observe
-        outputs = (source(batch) for batch in each(before.batches(), "calibrating"))
-        if self.recipe.propagate == "float":
-            after.write(outputs)
-        else:
+        layers, plan, after = self.config.num_hidden_layers, self.plan.blocks[index], self.stream(index + 1)
+        quantized = self.recipe.propagate == "quantized"
+        source = self._float_block(index)
+        groups = {name: group for name, (group, _) in source.mixer.groupings(source.mixer.args).items()}
+        if self.recipe.reorder:
+            groups |= reorder(source, self._each(index, "sorting channels"))
+        rotate_online(source, plan.rotations)  # last: out_proj's columns are channels no more
+        job = BlockQuantizer(source, plan, self.recipe, index, groups)
+        outputs = job.calibrate(self._each(index, "calibrating"))
+        if quantized:
             for _ in outputs:
                 pass
-        source.scales.observer = None
-        scales = {name: observer.scale() for name, observer in observers.items()}
-
+        else:
+            after.write(outputs)
         target = Block(self.config, index, plan).to(self.config.dtype)
-        quantize_block(source.to("cpu"), target, scales)
-        del source
+        source.to("cpu")
+        job.round_to_nearest(target)
         target.to(self.device)
-        if self.recipe.propagate == "quantized":
-            after.write(target(batch) for batch in each(before.batches(), "quantized pass"))
+        for name in job.gptq_weights:
+            job.gptq(target, name, self._each(index, f"GPTQ of {name}"))
+        del job, source
+        if quantized:
+            after.write(target(batch) for batch in self._each(index, "quantized pass"))
         prefix = f"backbone.layers.{index}."
         self.writer.write(block_shard(index), {prefix + name: t for name, t in target.state_dict().items()})
-        self.progress(2 * (index + 1) * self.steps, total, f"block {index + 1}/{layers}: written")
+        self.progress(self.done, self.steps * sum(self.passes), f"block {index + 1}/{layers}: written")
 
-    def _float_block(self, index: int, plan: BlockPlan) -> Block:
-        """One block in float32, with the recipe's function-preserving transforms applied."""
+    def _float_block(self, index: int) -> Block:
+        """One block in float32, norms folded, in the basis of the residual stream."""
         with torch.device("meta"):
             block = Block(self.config, index, BlockPlan())
         tensors = {name: tensor.float().clone() for name, tensor in self.checkpoint.block(index).items()}
         block.load_state_dict(tensors, strict=True, assign=True)
         block.requires_grad_(False)
         if self.recipe.fold_norm:
-            block.mixer.fold_norm(block.norm.weight)
-            block.norm.weight.fill_(1.0)
-        block.mixer.rotate(plan.rotations)
+            fold_norms(block)
+        if self.plan.hadamard is not None:
+            rotate_residual(block, self.plan.hadamard)
         return block.to(self.device)
+
+
+def reorder(block: Block, batches: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Sort the channels and cluster the heads of a float Mamba2 block, in place; the groups of its channels then."""
+    args = block.mixer.args
+    statistic = ChannelStatistic(args.intermediate_size)
+    block.scales.observers["x"] = statistic.add
+    for batch in batches:
+        block(batch)
+    block.scales.observers.clear()
+    order = sort_and_cluster(statistic.value(), args.num_heads, args.head_dim, args.n_groups)
+    block.mixer.load_state_dict(reorder_mamba2(block.mixer.state_dict(), order, args), strict=True)
+    return {"x": order.groups, "state": order.groups}
 
 
 def _widest_site(block: dict[str, Any], hidden_size: int) -> int:

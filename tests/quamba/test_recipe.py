@@ -15,6 +15,8 @@ CONFIGS = sorted(configs_dir().glob("*.yaml"))
 
 def architecture(inner=64, layers=2, mixer="mamba1"):
     args = {"intermediate_size": inner, "time_step_rank": 2}
+    if mixer == "mamba2":
+        args = {"num_heads": 8, "head_dim": inner // 8, "state_size": 4, "n_groups": 1, "norm_groups": 1}
     return QuambaConfig(vocab_size=64, hidden_size=32, blocks=[{"mixer": mixer, "args": args, "mlp": None}] * layers)
 
 
@@ -39,7 +41,7 @@ def changed(*path_and_value):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_recipe_loads_and_resolves(path):
     recipe = Recipe.load(path)
-    assert path.stem == f"{recipe.family}-{recipe.name}"
+    assert path.stem in (recipe.name, f"{recipe.family}-{recipe.name}")
     plan = recipe.resolve(architecture(mixer=recipe.family))
     assert len(plan.blocks) == 2
     assert not plan.is_float
@@ -61,10 +63,22 @@ def test_the_w8a8_preset_means_int8_everywhere_but_the_vocabulary():
     assert (recipe.calibration.samples, recipe.calibration.seq_len) == (128, 512)
 
 
-@pytest.mark.parametrize("preset", [p for p in PRESETS if not (configs_dir() / f"mamba1-{p}.yaml").exists()])
-def test_a_preset_that_is_not_there_yet_says_which_are(preset):
-    with pytest.raises(RecipeError, match=f"no {preset} recipe for mamba1; it has: mamba1-w8a8"):
-        Recipe.find(preset, "mamba1")
+@pytest.mark.parametrize("family", ["mamba1", "mamba2"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_family_has_every_preset(family, preset):
+    recipe = Recipe.find(preset, family)
+    weights, activations = preset.removeprefix("w").split("a")
+    for name, spec in recipe.weights.items():
+        assert spec.bits == (8 if name in ("conv1d", "dt_proj") else int(weights))
+    assert bool(recipe.sites) == (activations == "8")
+    vocabulary = 16 if (family, preset) == ("mamba1", "w8a8") else 8
+    assert recipe.embedding == recipe.lm_head == WeightSpec(vocabulary)
+    assert recipe.final_norm == (SiteSpec(8, "token") if (vocabulary, activations) == (8, "8") else SiteSpec())
+
+
+def test_a_family_without_a_preset_says_which_there_are():
+    with pytest.raises(RecipeError, match="no w8a8 recipe for rwkv7; it has: none"):
+        Recipe.find("w8a8", "rwkv7")
 
 
 WRONG = {
@@ -91,9 +105,30 @@ WRONG = {
     "float with scale": (changed("sites", "x", {"bits": 16, "scale": "static"}), "bits: 16 contradicts scale: static"),
     "no samples": (changed("calibration", {"samples": 0}), "at least 1 sample of 2 tokens"),
     "one token": (changed("calibration", {"seq_len": 1}), "at least 1 sample of 2 tokens"),
-    "integer head": (changed("lm_head", {"bits": 8}), "lm_head: this version keeps it in float"),
-    "integer embedding": (changed("embedding", {"bits": 8}), "embedding: this version keeps it in float"),
-    "integer final norm": (changed("final_norm", {"bits": 8, "scale": "token"}), "final_norm: this version keeps it"),
+    "float head behind integers": (changed("final_norm", {"bits": 8, "scale": "token"}), "so lm_head must be, too"),
+    "channels into the head": (
+        changed("final_norm", {"bits": 8, "scale": "static", "axis": "channel"}),
+        "final_norm: the input of an integer linear needs axis: tensor",
+    ),
+    "a channel scale per token": (
+        changed("sites", "x", {"bits": 8, "scale": "token", "axis": "channel"}),
+        "belongs to",
+    ),
+    "a group of 33": (
+        changed("weights", "in_proj", {"bits": 4, "group": 33}),
+        "group can't be 33: choose one of 32, 64",
+    ),
+    "groups of int8": (changed("weights", "in_proj", {"bits": 8, "group": 32}), "group: 32 doesn't go with bits: 8"),
+    "an axis of int4": (changed("weights", "in_proj", {"bits": 4, "axis": "tensor"}), "axis: tensor doesn't go with"),
+    "a head in parts": (changed("lm_head", {"bits": 8, "axis": "split"}), "lm_head: its rows are one thing"),
+    "an observer for nobody": (changed("observers", {"conv": "mse"}), "observers can't be 'conv'.*'conv_in'"),
+    "a percentile of 2": (changed("percentile", 2.0), "percentile is 2.0; it must lie between 0 and 1"),
+    "no damping": (changed("gptq", {"damping": 0.0}), "gptq.damping is 0.0"),
+    "a typo in gptq": (changed("gptq", {"weigths": []}), "gptq.weigths: did you mean 'weights'"),
+    "a turned stream before norms": (
+        changed("fold_norm", False) | {"rotate_residual": True},
+        "rotate_residual needs fold_norm",
+    ),
 }
 STATIC = {"bits": 8, "scale": "static", "axis": "channel"}
 IMPOSSIBLE = {
@@ -103,12 +138,32 @@ IMPOSSIBLE = {
         "weights can't be 'inproj': did you mean 'in_proj'",
     ),
     "an unknown site": (changed("sites", "conv", STATIC), "sites can't be 'conv'.*'conv_in'"),
-    "a site that stays float": (changed("sites", "dt", STATIC), "sites can't be 'dt'"),
+    "a site of another family": (changed("sites", "B", STATIC), "sites can't be 'B'"),
+    "channels of the state": (changed("sites", "state", STATIC), "sites.state: choose axis: tensor or group"),
+    "groups nobody has": (
+        changed("sites", "x", STATIC | {"axis": "group"}),
+        "sites.x has no groups of channels in mamba1",
+    ),
+    "parts nobody has": (
+        changed("weights", "in_proj", {"bits": 8, "axis": "split"}),
+        "in_proj: its rows are one thing",
+    ),
+    "4 bits a tap": (changed("weights", "conv1d", {"bits": 4}), "weights.conv1d: its taps are too few"),
+    "a vector by channel": (
+        changed("weights", "A_log", {"bits": 8}),
+        "weights.A_log: choose bits: 16, or bits: 8 with axis",
+    ),
+    "a layer too many": (changed("layers", [{"layers": [0, 2]}]), "layers names layer 2; the model has 2"),
+    "an impossible layer": (
+        changed("layers", [{"layers": [1], "weights": {"in_proj": {"bits": 16}}}]),
+        "sites.mixer_in is integer, so weights.in_proj must be, too",
+    ),
+    "two formats of one matrix": (changed("embedding", {"bits": 8}), "one matrix in one format"),
     "a rotation nobody has": (changed("rotate", ["in_proj"]), "rotate can't be 'in_proj'"),
     "channel scales into a linear": (changed("sites", "mixer_in", STATIC), "sites.mixer_in: .* needs axis: tensor"),
     "token scales into the scan": (
         changed("sites", "z", {"bits": 8, "scale": "token"}),
-        "sites.z: convolution and scan take static scales only",
+        "sites.z: convolution, scan, gate and state take static scales only",
     ),
     "float weights behind an integer site": (
         changed("weights", "in_proj", {"bits": 16}),

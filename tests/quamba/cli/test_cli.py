@@ -148,7 +148,6 @@ def test_quantize_with_a_recipe_of_ones_own(work, tiny_folder):
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        (["--w4a8"], "no w4a8 recipe for mamba1; it has: mamba1-w8a8"),
         (["--recipe", "absent.yaml"], "can't read recipe absent.yaml"),
         (["--w8a8", "--calibration", "absent.txt"], "can't read calibration text absent.txt"),
         (["--w8a8", "--calibration", "../text.txt", "--seq-len", "100000"], "less than one window of 100000"),
@@ -206,11 +205,23 @@ def test_inspect_of_a_float_model_and_of_an_artifact(work, tiny_folder, tiny_art
     assert "token ids given by the caller" in text
 
 
-def test_a_family_that_runs_in_float_only(work):
+def test_the_other_family_and_its_switches(work):
     assert "block 0 to 7 (mamba2)" in good("inspect", "mamba2-nano").output
     assert "The old man" in good("generate", "mamba2-nano", "--prompt", "The old man", "--max-new-tokens", "3").output
-    assert bad(1, "quantize", "mamba2-nano", "--w8a8").startswith("Error: this version has no w8a8 recipe for mamba2")
-    assert not list(work.iterdir())
+    few = ("--samples", "2", "--seq-len", "32")
+    switches = ("--no-quantize-lm-head", "--apply-gptq", "--group-heads")
+    good("quantize", "mamba2-nano", "--w8a8", "-o", "small", *few, *switches)
+    shown = good("inspect", "small", "--output", "small.json").output
+    assert "tied to embedding" in shown and "bits a weight: 8." in shown and "Hadamard" in shown
+    summary = json.loads(Path("small.json").read_text())
+    assert summary["embedding"]["precision"] == summary["lm_head"]["precision"] == "float16"
+    assert summary["blocks"][0]["components"][-1]["sites"]["x"] == "int8 static per group (16)"
+    assert bad(1, "quantize", "mamba1-nano", "--w8a8", "--group-heads").startswith(
+        "Error: group_heads belongs to Mamba2"
+    )
+    why = bad(1, "quantize", "mamba2-nano", "--w8a8", "--no-quantize-lm-head", "--quantize-embedding")
+    assert why.startswith("Error: this model's head is its embedding, one matrix in one format")
+    assert sorted(path.name for path in work.iterdir()) == ["small", "small.json"]
 
 
 def test_generate_greedy_equals_the_uncached_model(work, tiny_artifact):

@@ -116,7 +116,7 @@ DAMAGES = {
         "tensors are missing: .*dt_bias",
     ),
     "hybrid": (config(attn_layer_idx=[1]), r"attn_layer_idx = \[1\]; this version reads"),
-    "MLP": (config(d_intermediate=64), "d_intermediate = 64"),
+    "MLP": (config(d_intermediate=64), "tensors are missing: .*mlp.fc1.weight"),
     "layer norm": (config(rms_norm=False), "rms_norm = False"),
     "no vocabulary": (config(vocab_size=...), "can't be understood: KeyError: 'vocab_size'"),
     "size in words": (config(d_model="wide"), "config.json can't be understood"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import quamba
-from quamba.quantizer import pipeline
+from quamba.quantizer.block import BlockQuantizer
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -31,7 +31,7 @@ class Stop(BaseException):
 @contextlib.contextmanager
 def stop_before(block: int):
     """The run is torn off in the middle of this block's work."""
-    original = pipeline.quantize_block
+    original = BlockQuantizer.round_to_nearest
     count = 0
 
     def torn(*args):
@@ -41,8 +41,8 @@ def stop_before(block: int):
         count += 1
         return original(*args)
 
-    pipeline.quantize_block = torn
+    BlockQuantizer.round_to_nearest = torn  # type: ignore[method-assign]
     try:
         yield
     finally:
-        pipeline.quantize_block = original
+        BlockQuantizer.round_to_nearest = original  # type: ignore[method-assign]
