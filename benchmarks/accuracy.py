@@ -6,7 +6,7 @@
 DIR holds wikitext2_test.txt, lambada_openai_test.jsonl, piqa_valid.jsonl and hellaswag_val_1000.jsonl, all used whole; the
 novels are the bundled sample. Everything that isn't integer is computed in float32. Rows that FILE.json has are kept, so a
 run that was stopped goes on; FILE.md is the table. The llama.cpp rows need the packages llama-cpp-python and gguf, and
-are marked missing without them. --ablation takes the bundled wikitext sample and smaller calibration.
+are marked missing without them. --ablation takes the bundled wikitext sample.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--ablation", action="store_true")
     parser.add_argument("--only", action="append", help="rows whose name contains this text")
+    parser.add_argument("--samples", type=int, help="calibration windows; by default each recipe's own")
     parser.add_argument("--scratch", type=Path, help="keep quantized models and logits (13 GB) here for the next run")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="without suffix; default: print only")
@@ -186,7 +187,7 @@ class Bench:
         self.name, self.scratch = name, scratch
         self.float = QuambaLMHeadModel.from_pretrained(name, dtype="float32")
         self.tokenizer = load_tokenizer(name)
-        self.small = options.ablation
+        self.small, self.samples = options.ablation, options.samples
         sources: list[Any] = ["wikitext"] if self.small else [options.data / "wikitext2_test.txt", "novels"]
         self.ids = {Path(source).stem: encode_text(self.tokenizer, source) for source in sources}
         self.tasks: dict[str, Any] = {}
@@ -201,8 +202,7 @@ class Bench:
         out, seconds = self.scratch / f"{row.replace('/', ' ')}", {}
         if not (out / "config.json").exists():
             started = time.monotonic()
-            samples = 64 if self.small else None
-            quamba.quantize(self.name, recipe, out=out, overwrite=True, dtype="float16", samples=samples)
+            quamba.quantize(self.name, recipe, out=out, overwrite=True, dtype="float16", samples=self.samples)
             seconds = {"seconds": round(time.monotonic() - started, 1)}
         size = {"bytes": sum(file.stat().st_size for file in out.glob("*.safetensors"))}
         model = quamba.QuambaLMHeadModel.from_pretrained(out, dtype="float32")
@@ -399,7 +399,8 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 def machine(options: argparse.Namespace) -> dict[str, str]:
     from w8a8 import machine  # the other benchmark's
 
-    return machine(options.threads)
+    samples = f"{options.samples} windows" if options.samples else "as the recipes say"
+    return machine(options.threads) | {"calibration": f"{samples}, bundled text"}
 
 
 COLUMNS = {

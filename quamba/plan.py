@@ -70,11 +70,7 @@ class SiteSpec:
             return "float"
         if self.scale == "token":
             return f"int{self.bits} per token"
-        return (
-            f"int{self.bits} static, {self.groups} groups"
-            if self.axis == "group"
-            else f"int{self.bits} static per {self.axis}"
-        )
+        return f"int{self.bits} static per {self.axis}" + (f" ({self.groups})" if self.groups else "")
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,9 @@ class BlockQuantizer:
             spec, weight = self.plan.weight(name), source.get_parameter(f"{place}.weight")
             found: dict[str, Tensor] = {"weight": weight}
             if not spec.is_float:
-                found = quantize_weight(weight, spec, splits=self.splits.get(name), clip=self.recipe.clip)
+                # What GPTQ rounds again needs no search now.
+                clip = "absmax" if name in self.gptq_weights else self.recipe.clip
+                found = quantize_weight(weight, spec, splits=self.splits.get(name), clip=clip)
             tensors |= {f"{place}.{suffix}": tensor for suffix, tensor in found.items()}
         for name, place in source.vectors().items():
             if not self.plan.weight(name).is_float:

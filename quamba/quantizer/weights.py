@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import quamba_kernels as kernels
-from quamba.model import Block
 from quamba.plan import WeightSpec
 
 RANGES = {8: (-127, 127), 4: (-8, 7)}
@@ -226,27 +225,3 @@ def _parts(rows: Tensor, spec: WeightSpec, splits: Sequence[int] | None) -> Tens
     if splits is None or sum(splits) != outputs:
         raise ValueError(f"splits: {splits} doesn't divide {outputs} outputs")
     return torch.arange(len(splits), device=device).repeat_interleave(torch.tensor(splits, device=device))
-
-
-@torch.no_grad()
-def quantize_block(source: Block, target: Block, scales: dict[str, Tensor]) -> None:
-    """Fill `target` (built with a quantized plan) from `source` (float, already folded and rotated) and static scales.
-
-    `source` is used up: scales that the family folds into weights are folded into its own.
-    """
-    source.mixer.fold_scales(scales, target.plan)
-    tensors: dict[str, Tensor] = {}
-    for name, module in target.named_modules():
-        wanted = getattr(module, "spec", None)
-        if wanted is None:
-            continue
-        weight = source.get_parameter(f"{name}.weight")
-        found = {"weight": weight} if wanted.is_float else quantize_weight(weight, wanted, clip="absmax")
-        tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in found.items()}
-    for name, tensor in source.state_dict().items():
-        tensors.setdefault(name, tensor)
-    tensors |= {f"scales.{name}": scale for name, scale in scales.items()}
-    kinds = {name: tensor.dtype for name, tensor in target.state_dict().items()}
-    tensors = {name: tensor.to(kinds[name]) for name, tensor in tensors.items()}
-    target.load_state_dict(tensors, strict=True, assign=True)
-    target.requires_grad_(False)
