@@ -27,11 +27,13 @@ class BlockQuantizer:
         self.splits = source.mixer.splits(source.mixer.args)
         self.scales: dict[str, Tensor] = {}
 
-    @property
-    def gptq_weights(self) -> list[str]:
-        """Weights that GPTQ rounds, in the order they are used."""
-        chosen = gptq_weights(self.plan, self.recipe)
-        return [name for name in self.source.weights() if name in chosen]
+    def gptq_groups(self) -> list[list[str]]:
+        """Weights that GPTQ rounds, in the order they are used; those that read the same site share a Hessian."""
+        groups: dict[str, list[str]] = {}
+        for name, (_, site) in self.source.weights().items():
+            if name in gptq_weights(self.plan, self.recipe):
+                groups.setdefault(site, []).append(name)
+        return list(groups.values())
 
     def calibrate(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
         """Yields the float block's outputs; static scales are found when the last one has been taken."""
@@ -71,7 +73,7 @@ class BlockQuantizer:
             found: dict[str, Tensor] = {"weight": weight}
             if not spec.is_float:
                 # What GPTQ rounds again needs no search now.
-                clip = "absmax" if name in self.gptq_weights else self.recipe.clip
+                clip = "absmax" if name in gptq_weights(self.plan, self.recipe) else self.recipe.clip
                 found = quantize_weight(weight, spec, splits=self.splits.get(name), clip=clip)
             tensors |= {f"{place}.{suffix}": tensor for suffix, tensor in found.items()}
         for name, place in source.vectors().items():
@@ -89,25 +91,25 @@ class BlockQuantizer:
         target.load_state_dict(tensors, strict=True, assign=True)
         target.requires_grad_(False)
 
-    def gptq(self, target: Block, name: str, batches: Iterable[Tensor]) -> None:
-        """Round one weight again, by GPTQ, for the inputs that it has in `target`."""
-        place, _ = target.weights()[name]
-        module, spec = target.get_submodule(place), self.plan.weight(name)
-        weight = self.source.get_parameter(f"{place}.weight")
-        hessian = Hessian(weight.shape[1])
+    def gptq(self, target: Block, names: list[str], batches: Iterable[Tensor]) -> None:
+        """Round weights that read one site again, by GPTQ, for the inputs that they have in `target`."""
+        places = {name: target.weights()[name][0] for name in names}
+        first = target.get_submodule(places[names[0]])
+        hessian = Hessian(self.source.get_parameter(f"{places[names[0]]}.weight").shape[1])
         for batch in batches:
-            hessian.add(input_of(target, module, batch))
+            hessian.add(input_of(target, first, batch))
         options = self.recipe.gptq
-        found = gptq(
-            weight,
-            spec,
-            hessian,
-            splits=self.splits.get(name),
-            clip=self.recipe.clip,
-            damping=options.damping,
-            act_order=options.act_order,
-        )
-        assign(module, found)
+        for name, place in places.items():
+            found = gptq(
+                self.source.get_parameter(f"{place}.weight"),
+                self.plan.weight(name),
+                hessian,
+                splits=self.splits.get(name),
+                clip=self.recipe.clip,
+                damping=options.damping,
+                act_order=options.act_order,
+            )
+            assign(target.get_submodule(place), found)
 
 
 def gptq_weights(plan: BlockPlan, recipe: Recipe) -> set[str]:

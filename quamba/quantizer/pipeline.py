@@ -187,8 +187,8 @@ class _Job:
         source.to("cpu")
         job.round_to_nearest(target)
         target.to(self.device)
-        for name in job.gptq_weights:
-            job.gptq(target, name, self._each(index, f"GPTQ of {name}"))
+        for names in job.gptq_groups():
+            job.gptq(target, names, self._each(index, f"GPTQ of {', '.join(names)}"))
         del job, source
         if quantized:
             after.write(target(batch) for batch in self._each(index, "quantized pass"))

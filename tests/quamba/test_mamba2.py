@@ -100,11 +100,11 @@ def as_mamba_ssm(source, folder, pad=1, **ssm):
     return folder
 
 
-def random_model(**args):
+def random_model(mlp=None, **args):
     """One of ours without a file, every parameter random."""
     torch.manual_seed(4)
     shape = {"num_heads": 8, "head_dim": 6, "state_size": 5, "n_groups": 2, "norm_groups": 2} | args
-    block = {"mixer": "mamba2", "args": shape, "mlp": None}
+    block = {"mixer": "mamba2", "args": shape, "mlp": mlp and {"intermediate_size": mlp}}
     model = QuambaLMHeadModel(QuambaConfig(vocab_size=40, hidden_size=24, blocks=[block] * 2)).eval()
     with torch.no_grad():
         model.backbone.embedding.weight.mul_(50)
@@ -156,6 +156,9 @@ def naive_logits(model, ids):
                 if a.norm_before_gate:
                     y = y * silu(z)
                 xs[t] = residual + g["out_proj.weight"] @ y + g.get("out_proj.bias", 0)
+                if p + "mlp.fc1.weight" in w:
+                    value, gate = (w[p + "mlp.fc1.weight"] @ norm(xs[t], w[p + "norm2.weight"])).chunk(2)
+                    xs[t] = xs[t] + w[p + "mlp.fc2.weight"] @ (value * silu(gate))
         logits.append(torch.stack([w["lm_head.weight"] @ norm(x, w["backbone.norm_f.weight"]) for x in xs]))
     return torch.stack(logits)
 
@@ -226,6 +229,27 @@ def test_defaults_of_mamba_ssm(tmp_path):
     assert Mamba2Args(**args) == Mamba2Args(2, 64, 128, 1, 1)
 
 
+def test_an_mlp_after_the_mixer_is_read_from_mamba_ssm(tmp_path):
+    """`d_intermediate`, rounded up to a multiple of 128 as mamba-ssm's GatedMLP does."""
+    make_theirs(tmp_path / "a", num_hidden_layers=2)
+    folder = as_mamba_ssm(tmp_path / "a", tmp_path / "b")
+    config = json.loads((folder / "config.json").read_text()) | {"d_intermediate": 100}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    for i in range(2):
+        prefix = f"backbone.layers.{i}."
+        tensors |= {
+            prefix + "norm2.weight": 1 + 0.3 * torch.randn(32),
+            prefix + "mlp.fc1.weight": torch.randn(256, 32) * 0.2,
+            prefix + "mlp.fc2.weight": torch.randn(32, 128) * 0.2,
+        }
+    save_file(tensors, folder / "model.safetensors")
+    model = QuambaLMHeadModel.from_pretrained(folder)
+    assert [block["mlp"] for block in model.config.blocks] == [{"intermediate_size": 128}] * 2
+    ids = torch.randint(0, 64, (1, 6))
+    torch.testing.assert_close(model(ids).logits.double(), naive_logits(model, ids), rtol=1e-5, atol=1e-5)
+
+
 GROUPED = {
     "one group": {"n_groups": 1, "norm_groups": 1},
     "two groups": {},
@@ -237,6 +261,7 @@ GROUPED = {
     "biases": {"use_bias": True, "use_conv_bias": False, "conv_kernel": 3},
     "limits, eps": {"dt_min": 0.01, "dt_max": 0.05, "norm_epsilon": 1e-2},
     "conv of one tap": {"conv_kernel": 1},
+    "an MLP after the mixer": {"mlp": 20},
 }
 
 
