@@ -59,6 +59,13 @@ bool valid(const quamba_scan_args &a) {
     return (!a.u_is_int8 || a.u_scale) && (!a.z_is_int8 || a.z_scale);
 }
 
+bool valid(const quamba_ssd_args &a) {
+    if (a.batch < 0 || a.length < 0 || a.heads < 1 || a.width < 0 || a.groups < 1 || a.heads % a.groups) return false;
+    if (a.states < 1 || a.states > QUAMBA_MAX_STATE || a.threads < 1) return false;
+    if (!a.x || !a.dt || !a.A || !a.B || !a.C || !a.D || !a.dt_bias || !a.y) return false;
+    return (!a.x_is_int8 || a.x_scale) && (!a.B_is_int8 || a.B_scale) && (!a.C_is_int8 || a.C_scale);
+}
+
 bool valid(const quamba_rows_args &a) {
     if (a.rows < 0 || a.width < 0 || a.threads < 1 || !a.x) return false;
     return (a.y != nullptr) != (a.codes != nullptr);
@@ -113,6 +120,8 @@ int quamba_int8_linear(const quamba_linear_args *args) { return run(&Kernels::li
 int quamba_causal_conv1d(const quamba_conv_args *args) { return run(&Kernels::conv, args); }
 
 int quamba_selective_scan(const quamba_scan_args *args) { return run(&Kernels::scan, args); }
+
+int quamba_ssd_scan(const quamba_ssd_args *args) { return run(&Kernels::ssd, args); }
 
 int quamba_quantize(const quamba_rows_args *args) {
     if (args && (!args->codes || (args->inv != nullptr) == (args->scale != nullptr))) return QUAMBA_BAD_ARGUMENT;

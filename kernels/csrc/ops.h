@@ -9,6 +9,7 @@ struct Kernels {
     int (*linear)(const quamba_linear_args &);
     int (*conv)(const quamba_conv_args &);
     int (*scan)(const quamba_scan_args &);
+    int (*ssd)(const quamba_ssd_args &);
     int (*quantize)(const quamba_rows_args &);
     int (*rms_norm)(const quamba_rows_args &);
     int (*hadamard)(const quamba_rows_args &);
@@ -28,6 +29,7 @@ namespace QUAMBA_ISA {
 int linear(const quamba_linear_args &);
 int conv(const quamba_conv_args &);
 int scan(const quamba_scan_args &);
+int ssd(const quamba_ssd_args &);
 int quantize(const quamba_rows_args &);
 int rms_norm(const quamba_rows_args &);
 int hadamard(const quamba_rows_args &);

@@ -22,7 +22,7 @@
 #define QUAMBA_API
 #endif
 
-#define QUAMBA_CPU_ABI 1
+#define QUAMBA_CPU_ABI 2
 
 enum quamba_status { QUAMBA_OK = 0, QUAMBA_BAD_ARGUMENT = 1, QUAMBA_OUT_OF_MEMORY = 2 };
 
@@ -91,6 +91,33 @@ typedef struct {
     int64_t batch, length, channels, states, threads;
 } quamba_scan_args;
 
+/* Mamba2's scan with softplus(dt + dt_bias), limited to dt_min .. dt_max, without its gate. */
+typedef struct {
+    const void *x; /* [batch, length, heads * width], float32 or int8 */
+    int64_t x_batch_stride, x_token_stride, x_is_int8;
+    const float *x_scale; /* int8 only: 1 or [heads * width] */
+    int64_t x_scale_stride;
+    const void *B; /* [batch, length, groups * states], as x */
+    int64_t B_batch_stride, B_token_stride, B_is_int8;
+    const float *B_scale;
+    int64_t B_scale_stride;
+    const void *C; /* as B */
+    int64_t C_batch_stride, C_token_stride, C_is_int8;
+    const float *C_scale;
+    int64_t C_scale_stride;
+    const float *dt; /* [batch, length, heads] */
+    int64_t dt_batch_stride, dt_token_stride;
+    const float *A; /* [heads] */
+    const float *D; /* [heads], or [heads * width] */
+    int64_t D_per_channel;
+    const float *dt_bias; /* [heads] */
+    double dt_min, dt_max;
+    float *state;        /* [batch, heads, width, states], optional: read, then overwritten */
+    const uint8_t *mask; /* [batch, length], optional: 0 = x and dt are 0 */
+    float *y;            /* [batch, length, heads * width] */
+    int64_t batch, length, heads, width, groups, states, threads;
+} quamba_ssd_args;
+
 /* Rows of floats: quantization, norm and Hadamard transform. Exactly one of y, codes is set. */
 typedef struct {
     const float *x;      /* [rows, width] */
@@ -122,6 +149,7 @@ QUAMBA_API int quamba_cpu_set_isa(const char *name);
 QUAMBA_API int quamba_int8_linear(const quamba_linear_args *args);
 QUAMBA_API int quamba_causal_conv1d(const quamba_conv_args *args);
 QUAMBA_API int quamba_selective_scan(const quamba_scan_args *args);
+QUAMBA_API int quamba_ssd_scan(const quamba_ssd_args *args);
 QUAMBA_API int quamba_quantize(const quamba_rows_args *args);
 QUAMBA_API int quamba_rms_norm(const quamba_rows_args *args);
 QUAMBA_API int quamba_hadamard(const quamba_rows_args *args);

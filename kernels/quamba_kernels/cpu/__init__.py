@@ -10,6 +10,7 @@ from quamba_kernels.cpu.library import available, force_variant, instruction_set
 from quamba_kernels.cpu.linear import int8_matmul, w4a8_linear, w8a8_linear
 from quamba_kernels.cpu.rows import hadamard, quantize, quantize_per_token, rms_norm
 from quamba_kernels.cpu.scan import selective_scan
+from quamba_kernels.cpu.ssd import ssd_scan
 
 __all__ = [
     "available",
@@ -22,6 +23,7 @@ __all__ = [
     "quantize_per_token",
     "rms_norm",
     "selective_scan",
+    "ssd_scan",
     "threads",
     "variants",
     "w4a8_linear",

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch  # loaded first: the library then shares torch's OpenMP runtime
 
-ABI = 1
+ABI = 2
 FILES = ("libquamba_cpu.so", "libquamba_cpu.dylib")
-OPS = ("int8_linear", "causal_conv1d", "selective_scan", "quantize", "rms_norm", "hadamard")
+OPS = ("int8_linear", "causal_conv1d", "selective_scan", "ssd_scan", "quantize", "rms_norm", "hadamard")
 
 _library: ctypes.CDLL | None = None
 _problem: str | None = None  # None until loading was tried and whenever it went well
@@ -42,6 +42,14 @@ ScanArgs = _structure(
     " *z z_batch_stride z_token_stride z_is_int8 *z_scale z_scale_stride"
     " *dt dt_batch_stride dt_token_stride *A *B B_batch_stride B_token_stride *C C_batch_stride C_token_stride"
     " *D *dt_bias *state *mask *y batch length channels states threads",
+)
+SsdArgs = _structure(
+    "SsdArgs",
+    "*x x_batch_stride x_token_stride x_is_int8 *x_scale x_scale_stride"
+    " *B B_batch_stride B_token_stride B_is_int8 *B_scale B_scale_stride"
+    " *C C_batch_stride C_token_stride C_is_int8 *C_scale C_scale_stride"
+    " *dt dt_batch_stride dt_token_stride *A *D D_per_channel *dt_bias .dt_min .dt_max"
+    " *state *mask *y batch length heads width groups states threads",
 )
 RowsArgs = _structure("RowsArgs", "*x *weight *inv inv_stride *y *codes *scale .eps blocks order rows width threads")
 
