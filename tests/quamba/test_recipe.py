@@ -69,7 +69,7 @@ def test_every_family_has_every_preset(family, preset):
     recipe = Recipe.find(preset, family)
     weights, activations = preset.removeprefix("w").split("a")
     for name, spec in recipe.weights.items():
-        assert spec.bits == (8 if name in ("conv1d", "dt_proj") else int(weights))
+        assert spec.bits == (8 if name in ("conv1d", "dt_proj", "A_log") else int(weights))
     assert bool(recipe.sites) == (activations == "8")
     vocabulary = 16 if (family, preset) == ("mamba1", "w8a8") else 8
     assert recipe.embedding == recipe.lm_head == WeightSpec(vocabulary)
