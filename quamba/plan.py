@@ -121,18 +121,18 @@ class Rotation:
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses as JSON, without what says nothing: groups where there are none, an axis where no int8 scale has one."""
+    """Dataclasses as JSON. Fields that came later are left out where they say nothing: the digest of a plan is that of
+    the earlier version's."""
     if isinstance(value, WeightSpec):
-        said = {16: ("bits",), 8: ("bits", "axis"), 4: ("bits", "group", "group_scale")}[value.bits]
-        return {name: getattr(value, name) for name in said}
+        default = WeightSpec(value.bits)
+        said = ("group", "group_scale") if value.bits == 4 else ("axis",) if value != default else ()
+        return {name: getattr(value, name) for name in ("bits", *said)}
     if isinstance(value, SiteSpec):
-        return (
-            dataclasses.asdict(value)
-            if value.groups
-            else {"bits": value.bits, "scale": value.scale, "axis": value.axis}
-        )
+        return {name: item for name, item in vars(value).items() if name != "groups" or item}
+    if isinstance(value, Plan):
+        return {name: _plain(item) for name, item in vars(value).items() if name != "hadamard" or item}
     if dataclasses.is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {name: _plain(item) for name, item in vars(value).items()}
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, tuple | list) else value

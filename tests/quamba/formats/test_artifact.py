@@ -77,7 +77,7 @@ def test_the_plan_has_own_entries_for_what_stays_float(tiny_artifact):
     assert plan["final_norm"] == {"bits": 16, "scale": "none", "axis": "tensor"}
     assert len(plan["blocks"]) == 2
     for block in plan["blocks"]:
-        assert block["weights"] == {name: {"bits": 8, "axis": "channel"} for name in QUANTIZED}
+        assert block["weights"] == {name: {"bits": 8} for name in QUANTIZED}
         assert set(block["sites"]) == {*STATIC_SITES, *TOKEN_SITES}
         assert block["sites"]["mixer_in"] == {"bits": 8, "scale": "token", "axis": "tensor"}
         assert block["sites"]["x"] == {"bits": 8, "scale": "static", "axis": "channel"}
