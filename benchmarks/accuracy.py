@@ -35,7 +35,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", action="append", help="bundled name; both by default")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--ablation", action="store_true")
-    parser.add_argument("--only", action="append", help="rows whose name contains this text")
+    parser.add_argument("--only", action="append", help="rows whose name contains this text, or (=TEXT) is it")
     parser.add_argument("--samples", type=int, help="calibration windows; by default each recipe's own")
     parser.add_argument("--scratch", type=Path, help="keep quantized models and logits (13 GB) here for the next run")
     parser.add_argument("--threads", type=int, default=2)
@@ -304,9 +304,8 @@ def candidates(bench: Bench) -> dict[str, Row]:
     rows: dict[str, Row] = {name: partial(bench.quantized, name, recipe) for name, recipe in chosen.items()}
     if bench.small:
         return rows
-    for kind in ("Q8_0", "Q4_0", "Q4_K_M"):
-        rows[f"llama.cpp {kind}"] = partial(llama, bench, kind)
-        rows[f"llama.cpp {kind}, vocabulary Q8_0"] = partial(llama, bench, kind, "Q8_0")
+    rows |= {f"llama.cpp {kind}": partial(llama, bench, kind) for kind in ("Q4_0", "Q4_K_M", "Q8_0")}
+    rows["llama.cpp Q4_0, vocabulary Q8_0"] = partial(llama, bench, "Q4_0", "Q8_0")
     return {"float": lambda: (bench.float, float_size(bench.name))} | rows
 
 
@@ -342,7 +341,7 @@ def main() -> None:
             bench = Bench(name, options, folder)
             for judge in [bench.texts] if bench.small else [bench.texts, bench.harness]:
                 for label, make in candidates(bench).items():
-                    if not options.only or any(text in label for text in options.only):
+                    if not options.only or any(text in label or text == f"={label}" for text in options.only):
                         fill(rows, name, label, judge, make)
                         write(options, rows)
     if not options.out:

@@ -6,6 +6,7 @@ with ours.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import json
 import sys
@@ -100,7 +101,8 @@ def write_gguf(model: str, path: Path) -> None:
 
 def quantize_gguf(source: Path, target: Path, kind: str, vocabulary: str | None = None) -> None:
     """llama.cpp's own quantization with its defaults: Q8_0, Q4_0 or Q4_K_M. By these an embedding that is the head, too,
-    has Q6_K or Q8_0; `vocabulary` chooses its type instead."""
+    has Q6_K (Q8_0 with Q8_0); `vocabulary` chooses its type instead. Convolution, norms, biases, A and D stay in float32,
+    and Mamba1's dt_proj, with fewer inputs than a block, becomes float16."""
     import llama_cpp
 
     options = llama_cpp.llama_model_quantize_default_params()
@@ -155,6 +157,7 @@ class LlamaModel:
             logits_all=True,
             verbose=False,
         )
+        atexit.register(self.llama.close)  # or its own finaliser fails while Python shuts down
         self.config = SimpleNamespace(vocab_size=self.llama.n_vocab(), model_type="mamba")
         self.device, self.dtype, self.name_or_path = torch.device("cpu"), torch.float32, path.name
 
