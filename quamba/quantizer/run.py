@@ -104,8 +104,8 @@ class RunFolder:
 
     def _repair(self) -> None:
         """An earlier run was killed between moving the old artifact away and moving the new one in."""
-        if (self.out / MARK).exists():  # killed before the old artifact moved away
-            (self.out / MARK).unlink()
+        for name in (MARK, f"{MARK}.tmp"):  # killed before the old artifact moved away
+            (self.out / name).unlink(missing_ok=True)
         if (self.old / MARK).exists():
             if self.out.exists():
                 self._delete_old()

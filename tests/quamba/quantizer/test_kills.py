@@ -115,7 +115,9 @@ def test_killed_at_any_moment_nothing_loads_as_complete_that_is_not(tiny, server
         finished += fate == 0
         assert out.is_dir() or not out.exists()
         if out.exists():
-            assert contents(out) == expected
+            # Killed just before its replacement it may bear the mark, which the next run takes away.
+            marks = {"replaced.json", "replaced.json.tmp"} if fate else set()
+            assert {name: data for name, data in contents(out).items() if name not in marks} == expected
             assert loads(out)
         elif fate == 0:
             raise AssertionError("a run that succeeded left no artifact")
