@@ -43,8 +43,10 @@ const Variant &active() {
 
 bool valid(const quamba_linear_args &a) {
     if (a.rows < 0 || a.outputs < 0 || a.inputs < 0 || a.inputs > QUAMBA_MAX_INPUTS || a.threads < 1) return false;
-    if (!a.x || !a.weight || (a.acc != nullptr) + (a.y != nullptr) + (a.codes != nullptr) != 1) return false;
-    return a.acc || (a.x_scale && a.weight_scale && (!a.codes || a.inv));
+    if (a.group != 0 && a.group != 32 && a.group != 64 && a.group != 128) return false;
+    if (a.group && !a.group_scale) return false;
+    if (!a.weight || (a.acc != nullptr) + (a.y != nullptr) + (a.codes != nullptr) != 1) return false;
+    return true;
 }
 
 bool valid(const quamba_conv_args &a) {
@@ -66,10 +68,17 @@ bool valid(const quamba_ssd_args &a) {
     return (!a.x_is_int8 || a.x_scale) && (!a.B_is_int8 || a.B_scale) && (!a.C_is_int8 || a.C_scale);
 }
 
+bool valid(const quamba_gated_norm_args &a) {
+    if (a.rows < 0 || a.width < 1 || a.groups < 1 || a.width % a.groups || a.threads < 1) return false;
+    return a.x && a.z && a.weight && a.y && (!a.z_is_int8 || a.z_scale);
+}
+
 bool valid(const quamba_rows_args &a) {
     if (a.rows < 0 || a.width < 0 || a.threads < 1 || !a.x) return false;
     return (a.y != nullptr) != (a.codes != nullptr);
 }
+
+bool has_epilogue(const quamba_linear_args &a) { return a.weight_scale && (!a.codes || a.inv); }
 
 template <typename Args>
 int run(int (*Kernels::*op)(const Args &), const Args *args) {
@@ -115,7 +124,20 @@ int quamba_cpu_set_isa(const char *name) {
     return QUAMBA_OK;
 }
 
-int quamba_int8_linear(const quamba_linear_args *args) { return run(&Kernels::linear, args); }
+int quamba_int8_linear(const quamba_linear_args *args) {
+    if (args && (!args->x || (!args->acc && (!args->x_scale || !has_epilogue(*args))))) return QUAMBA_BAD_ARGUMENT;
+    return run(&Kernels::linear, args);
+}
+
+int quamba_float_linear(const quamba_linear_args *args) {
+    if (args && (!args->x || args->acc || !has_epilogue(*args))) return QUAMBA_BAD_ARGUMENT;
+    return run(&Kernels::float_linear, args);
+}
+
+int quamba_expand_int4(const quamba_linear_args *args) {
+    if (args && (!args->group || !args->codes)) return QUAMBA_BAD_ARGUMENT;
+    return run(&Kernels::expand, args);
+}
 
 int quamba_causal_conv1d(const quamba_conv_args *args) { return run(&Kernels::conv, args); }
 
@@ -132,6 +154,8 @@ int quamba_rms_norm(const quamba_rows_args *args) {
     if (args && (!args->weight || (args->codes && !args->inv))) return QUAMBA_BAD_ARGUMENT;
     return run(&Kernels::rms_norm, args);
 }
+
+int quamba_gated_rms_norm(const quamba_gated_norm_args *args) { return run(&Kernels::gated_norm, args); }
 
 int quamba_hadamard(const quamba_rows_args *args) {
     if (!args || args->blocks < 1 || args->width < 1 || args->width % args->blocks) return QUAMBA_BAD_ARGUMENT;

@@ -1,7 +1,9 @@
 // int8 x int8 linear on the stored row-major layout.
 //
 // A task is up to ROWS rows of x times a panel of weight rows: x is widened to int16 once per task, the weight on the fly.
-// Inside, tiles of up to MR x NR outputs keep their sums in registers.
+// Inside, tiles of up to MR x NR outputs keep their sums in registers. An int4 weight is expanded NR rows at a time, just
+// before their first use; a panel that meets several chunks of x is kept.
+#include "int4_row.h"
 #include "integer.h"
 #include "ops.h"
 #include "parallel.h"
@@ -79,36 +81,56 @@ void finish(const quamba_linear_args &a, const int32_t *sums, int64_t m, int64_t
 }  // namespace
 
 int linear(const quamba_linear_args &a) {
-    const int64_t stride = (a.inputs + STEP - 1) / STEP * STEP;
-    int64_t panel = PANEL_BYTES / (a.inputs + 1) / NR * NR;
+    const Int4 int4(a);
+    const int64_t width = a.group ? int4.groups * a.group : a.inputs;  // of a weight row, with its padding
+    const int64_t stride = (width + STEP - 1) / STEP * STEP;
+    int64_t panel = PANEL_BYTES / (width + 1) / NR * NR;
     panel = panel < NR ? NR : panel > PANEL ? PANEL : panel;
     const int64_t panels = (a.outputs + panel - 1) / panel, chunks = (a.rows + ROWS - 1) / ROWS;
     const int64_t threads = worthwhile(a.threads, a.rows * a.outputs * a.inputs, GRAIN);
+    const bool once = chunks == 1, alone = INT4_ROW && a.group && a.rows == 1;
+    const int64_t expanded_bytes = !a.group ? 0 : (once ? NR : panel) * width;
 
     return parallel_for(panels * chunks, threads, [&](int64_t begin, int64_t end) -> int {
-        auto *x = static_cast<int16_t *>(scratch(ROWS * stride * static_cast<int64_t>(sizeof(int16_t))));
+        const int64_t x_bytes = ROWS * stride * static_cast<int64_t>(sizeof(int16_t));
+        auto *x = static_cast<int16_t *>(scratch(x_bytes + expanded_bytes));
         if (!x && stride > 0) return QUAMBA_OUT_OF_MEMORY;
+        auto *expanded = reinterpret_cast<int8_t *>(x) + x_bytes;
         alignas(64) int32_t sums[ROWS * PANEL];
-        int64_t widened = -1;  // the chunk that x holds
+        int64_t widened = -1, kept = -1;  // the chunk that x holds, the panel that `expanded` does
         for (int64_t task = begin; task < end; ++task) {
             const int64_t chunk = task % chunks, m0 = chunk * ROWS, n0 = task / chunks * panel;
             const int64_t rows = a.rows - m0 < ROWS ? a.rows - m0 : ROWS;
             const int64_t outputs = a.outputs - n0 < panel ? a.outputs - n0 : panel;
-            if (chunk != widened) widen_rows(a.x + m0 * a.inputs, rows, a.inputs, stride, x);
+            if (alone)
+                int4_row_x(int4, static_cast<const int8_t *>(a.x), a.inputs, x);
+            else if (chunk != widened)
+                widen_rows(static_cast<const int8_t *>(a.x) + m0 * a.inputs, rows, a.inputs, stride, x);
             widened = chunk;
             for (int64_t n = 0; n < outputs; n += NR) {
-                const int8_t *w = a.weight + (n0 + n) * a.inputs;
+                const int8_t *w = static_cast<const int8_t *>(a.weight) + (n0 + n) * width;
+                if (alone) {
+                    int4_row(int4, x, n0 + n, outputs - n, sums + n);
+                    continue;
+                }
+                if (a.group) {
+                    int8_t *to = expanded + (once ? 0 : n * width);
+                    if (n0 != kept)
+                        for (int64_t i = 0; i < NR && n + i < outputs; ++i) expand_row(int4, n0 + n + i, false, to + i * width);
+                    w = to;
+                }
                 for (int64_t m = 0; m < rows; m += MR) {
                     const int16_t *xm = x + m * stride;
                     int32_t *s = sums + m * PANEL + n;
                     if (rows - m >= 3)
-                        tile<3>(xm, stride, w, a.inputs, outputs - n, s);
+                        tile<3>(xm, stride, w, width, outputs - n, s);
                     else if (rows - m == 2)
-                        tile<2>(xm, stride, w, a.inputs, outputs - n, s);
+                        tile<2>(xm, stride, w, width, outputs - n, s);
                     else
-                        tile<1>(xm, stride, w, a.inputs, outputs - n, s);
+                        tile<1>(xm, stride, w, width, outputs - n, s);
                 }
             }
+            kept = n0;
             for (int64_t m = 0; m < rows; ++m) finish(a, sums + m * PANEL, m0 + m, n0, outputs);
         }
         return QUAMBA_OK;

@@ -7,11 +7,14 @@ namespace quamba {
 
 struct Kernels {
     int (*linear)(const quamba_linear_args &);
+    int (*float_linear)(const quamba_linear_args &);
+    int (*expand)(const quamba_linear_args &);
     int (*conv)(const quamba_conv_args &);
     int (*scan)(const quamba_scan_args &);
     int (*ssd)(const quamba_ssd_args &);
     int (*quantize)(const quamba_rows_args &);
     int (*rms_norm)(const quamba_rows_args &);
+    int (*gated_norm)(const quamba_gated_norm_args &);
     int (*hadamard)(const quamba_rows_args &);
     void (*exp)(const float *x, float *y, int64_t n);
     void (*softplus)(const float *x, float *y, int64_t n);
@@ -27,11 +30,14 @@ void *scratch(int64_t bytes);
 #ifdef QUAMBA_ISA
 namespace QUAMBA_ISA {
 int linear(const quamba_linear_args &);
+int float_linear(const quamba_linear_args &);
+int expand(const quamba_linear_args &);
 int conv(const quamba_conv_args &);
 int scan(const quamba_scan_args &);
 int ssd(const quamba_ssd_args &);
 int quantize(const quamba_rows_args &);
 int rms_norm(const quamba_rows_args &);
+int gated_norm(const quamba_gated_norm_args &);
 int hadamard(const quamba_rows_args &);
 void exp_array(const float *x, float *y, int64_t n);
 void softplus_array(const float *x, float *y, int64_t n);

@@ -22,7 +22,7 @@
 #define QUAMBA_API
 #endif
 
-#define QUAMBA_CPU_ABI 2
+#define QUAMBA_CPU_ABI 4
 
 enum quamba_status { QUAMBA_OK = 0, QUAMBA_BAD_ARGUMENT = 1, QUAMBA_OUT_OF_MEMORY = 2 };
 
@@ -30,20 +30,28 @@ enum { QUAMBA_MAX_INPUTS = (1 << 17) - 1 }; /* 2^17 products of -128 * -128 over
 enum { QUAMBA_MAX_STATE = 256 };
 enum { QUAMBA_MAX_TAPS = 64 };
 
-/* acc[m, n] = sum_k x[m, k] * weight[n, k], exact; exactly one of acc, y, codes is set.
- * y = (float(acc) * weight_scale[n]) * x_scale[m] + bias[n]; codes = y rounded with inv. */
+/* acc[m, n] = sum_k x[m, k] * weight[n, k]; exactly one of acc, y, codes is set.
+ * y = (acc * weight_scale[n]) * x_scale[m] + bias[n]; codes = y rounded with inv.
+ *
+ * int8_linear: x is int8, acc exact. float_linear: x is float32, summed in float32, without x_scale and acc.
+ * group > 0: the weight is int4, packed by groups of 32, 64 or 128 inputs: byte j of a group holds code j in its low half
+ * and code j + group / 2 in its high half, and the codes are multiplied by their group's scale: int8, at
+ * most 15 in magnitude, or float32. For int8_linear a product with a float scale is rounded to int8. */
 typedef struct {
-    const int8_t *x;      /* [rows, inputs] */
-    const int8_t *weight; /* [outputs, inputs] */
+    const void *x;      /* [rows, inputs] */
+    const void *weight; /* int8 [outputs, inputs], or packed [outputs, ceil(inputs / group) * group / 2] */
+    int64_t group;
+    const void *group_scale; /* [outputs, ceil(inputs / group)] */
+    int64_t group_scale_is_float;
     const float *x_scale; /* 1 or [rows] */
     int64_t x_scale_stride;
     const float *weight_scale; /* [outputs] */
     const float *bias;         /* [outputs], optional */
     const float *inv;          /* 1 or [outputs] */
     int64_t inv_stride;
-    int32_t *acc;   /* [rows, outputs] */
-    float *y;       /* [rows, outputs] */
-    int8_t *codes;  /* [rows, outputs] */
+    int32_t *acc;  /* [rows, outputs] */
+    float *y;      /* [rows, outputs] */
+    int8_t *codes; /* [rows, outputs] */
     int64_t rows, outputs, inputs, threads;
 } quamba_linear_args;
 
@@ -118,6 +126,20 @@ typedef struct {
     int64_t batch, length, heads, width, groups, states, threads;
 } quamba_ssd_args;
 
+/* Mamba2's norm of x with the gate silu(z), over `groups` equal runs of channels. */
+typedef struct {
+    const float *x; /* [rows, width] */
+    int64_t x_row_stride;
+    const void *z; /* [rows, width], float32 or int8 */
+    int64_t z_row_stride, z_is_int8;
+    const float *z_scale; /* int8 only */
+    int64_t z_scale_stride;
+    const float *weight; /* [width] */
+    float *y;            /* [rows, width] */
+    double eps;
+    int64_t groups, norm_before_gate, rows, width, threads;
+} quamba_gated_norm_args;
+
 /* Rows of floats: quantization, norm and Hadamard transform. Exactly one of y, codes is set. */
 typedef struct {
     const float *x;      /* [rows, width] */
@@ -147,11 +169,14 @@ QUAMBA_API const char *quamba_cpu_isa(void);
 QUAMBA_API int quamba_cpu_set_isa(const char *name);
 
 QUAMBA_API int quamba_int8_linear(const quamba_linear_args *args);
+QUAMBA_API int quamba_float_linear(const quamba_linear_args *args);
+QUAMBA_API int quamba_expand_int4(const quamba_linear_args *args); /* the weight as int8_linear has it, to codes */
 QUAMBA_API int quamba_causal_conv1d(const quamba_conv_args *args);
 QUAMBA_API int quamba_selective_scan(const quamba_scan_args *args);
 QUAMBA_API int quamba_ssd_scan(const quamba_ssd_args *args);
 QUAMBA_API int quamba_quantize(const quamba_rows_args *args);
 QUAMBA_API int quamba_rms_norm(const quamba_rows_args *args);
+QUAMBA_API int quamba_gated_rms_norm(const quamba_gated_norm_args *args);
 QUAMBA_API int quamba_hadamard(const quamba_rows_args *args);
 
 /* The elementary functions of the kernels, for tests: "exp", "softplus" or "silu" of n floats. */

@@ -90,6 +90,33 @@ QUAMBA_INLINE F16 load_integers(const T *p, int64_t count) {
     return load(lanes);
 }
 
+QUAMBA_INLINE F16 load_integers(const int8_t *p, int64_t count) {
+    int8_t lanes[LANES] = {};
+    if (count < LANES) {
+        for (int64_t i = 0; i < count; ++i) lanes[i] = p[i];
+        p = lanes;
+    }
+#if defined(__SSE2__)
+    F16 r;
+#if defined(__AVX2__)
+    for (int i = 0; i < PARTS; ++i) {
+        const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(p + i * WIDTH));
+        r.part[i] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight));
+    }
+#else
+    const __m128i all = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
+    const __m128i two[2] = {_mm_unpacklo_epi8(all, all), _mm_unpackhi_epi8(all, all)};
+    for (int i = 0; i < PARTS; ++i) {
+        const __m128i w = two[i / 2];
+        r.part[i] = _mm_cvtepi32_ps(_mm_srai_epi32(i % 2 ? _mm_unpackhi_epi16(w, w) : _mm_unpacklo_epi16(w, w), 24));
+    }
+#endif
+    return r;
+#else
+    return load_integers<int8_t>(p, LANES);
+#endif
+}
+
 QUAMBA_INLINE F16 load_any(const void *p, bool is_int8, int64_t offset, int64_t count) {
     return is_int8 ? load_integers(static_cast<const int8_t *>(p) + offset, count)
                    : load(static_cast<const float *>(p) + offset, count);

@@ -9,10 +9,11 @@ a real into a code: `code = rint(clamp(real * inv, -128, 127))`, half to even, a
 either a 0-d tensor or a vector over the last axis. An op given `inv` returns int8 codes; without it, a float tensor.
 
 int4 weights: `weight[n, k] = weight_scale[n] * group_scale[n, k // group] * q[n, k]`, q in [-8, 7] and group 32, 64 or 128.
-group_scale `[N, groups]` is either int8, a multiplier of at most 15 in magnitude, so that `group_scale * q` is an int8 code
-itself, or float16. q is stored as two's complement in `packed`, uint8 `[N, groups * group / 2]`: byte j of a group has
-element j in its low half, element j + group/2 in its high half; the last group is padded with zeros. The group size follows
-from the shapes: `2 * packed.shape[1] / groups`. Shapes that don't fit are a ValueError.
+group_scale `[N, groups]` is either int8, a multiplier of at most 15 in magnitude (with larger ones integer products are
+undefined), so that `group_scale * q` is an int8 code itself, or float16. q is stored as two's complement in `packed`, uint8
+`[N, groups * group / 2]`: byte j of a group has element j in its low half, element j + group/2 in its high half; the last
+group is padded with zeros. The group size follows from the shapes: `2 * packed.shape[1] / groups`. Shapes that don't fit
+are a ValueError.
 
 Backends agree in three classes: int32 accumulators and gathers bit for bit; int8 codes rounded from floats at most 1
 apart, in at most 0.1 % of elements; floats within the tolerance named beside the op.

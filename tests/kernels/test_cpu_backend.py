@@ -5,61 +5,12 @@ import torch
 
 from quamba_kernels import cpu, reference
 from quamba_kernels.hadamard_matrices import outer_matrix
+from tests.kernels.agreement import close, codes, normal, on_threads, same_codes
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason=f"no C++ kernels: {cpu.why_not()}")
-
-
-@pytest.fixture(params=cpu.variants() or ["none"], autouse=True)
-def variant(request):
-    with cpu.force_variant(request.param):
-        yield request.param
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Outputs start as NaN or -77: an entry that isn't written shows."""
-    empty = torch.empty
-
-    def filled(*shape, **kwargs):
-        t = empty(*shape, **kwargs)
-        return t.fill_(float("nan") if t.is_floating_point() else -77)
-
-    monkeypatch.setattr(torch, "empty", filled)
-
-
-def codes(rng, *shape):
-    return torch.randint(-128, 128, shape, generator=rng, dtype=torch.int8)
-
-
-def normal(rng, *shape):
-    return torch.randn(shape, generator=rng)
-
-
-def same_codes(got, want):
-    """At most 1 apart, in at most 0.1 % of the elements (of small tensors: one)."""
-    assert got.dtype == want.dtype == torch.int8 and got.shape == want.shape
-    apart = (got.int() - want.int()).abs()
-    assert apart.max() <= 1 and apart.sum() <= max(1, want.numel() // 1000)
-
-
-def close(got, want, tolerance=1e-5):
-    """Relative to the largest entry."""
-    assert got.dtype == want.dtype and got.shape == want.shape
-    assert (got.double() - want.double()).abs().max() <= tolerance * want.abs().max() + 1e-30
-
-
-def on_threads(run):
-    """`run()` on 1 and 2 threads, which must give the same bits."""
-    before, results = torch.get_num_threads(), []
-    try:
-        for n in (1, 2):
-            torch.set_num_threads(n)
-            results.append(run())
-    finally:
-        torch.set_num_threads(before)
-    one, two = ([r] if isinstance(r, torch.Tensor) else list(r) for r in results)
-    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
-    return results[0]
+pytestmark = [
+    pytest.mark.skipif(not cpu.available(), reason=f"no C++ kernels: {cpu.why_not()}"),
+    pytest.mark.usefixtures("variant", "poisoned"),
+]
 
 
 # ---- int8 linear

@@ -34,6 +34,73 @@ def test_malformed_linear(rng):
         cpu.int8_matmul(torch.zeros(1, 2**17, dtype=torch.int8), torch.zeros(1, 2**17, dtype=torch.int8))
 
 
+def test_malformed_int4_and_weight_only_linear(rng):
+    x, xs, ws, w = codes(rng, 3, 70), torch.tensor(0.1), torch.rand(5), codes(rng, 5, 70)
+    packed, g = torch.zeros(5, 48, dtype=torch.uint8), codes(rng, 5, 3)
+    assert cpu.w4a8_linear(x, xs, packed, g, ws).shape == cpu.w4_linear(x.float(), packed, g, ws).shape == (3, 5)
+    for error, name, bad in [
+        (TypeError, "packed", (packed.view(torch.int8), g, ws)),
+        (ValueError, "packed", (packed[0], g, ws)),
+        (TypeError, "group_scale", (packed, g.float(), ws)),
+        (ValueError, "group_scale", (packed, g[:4], ws)),
+        (ValueError, "group_scale", (packed, g[:, :2], ws)),
+        (ValueError, "group_scale", (packed[:, :32], g[:, :2], ws)),
+        (ValueError, "weight_scale", (packed, g, ws[:4])),
+        (ValueError, "bias", (packed, g, ws, torch.rand(4))),
+        (ValueError, "inv", (packed, g, ws, None, torch.rand(4))),
+    ]:
+        with pytest.raises(error, match=rf"^{name}\b"):
+            cpu.w4a8_linear(x, xs, *bad)
+        with pytest.raises(error, match=rf"^{name}\b"):
+            cpu.w4_linear(x.float(), *bad)
+    for error, name, args in [
+        (TypeError, "x", (x, w, ws)),
+        (TypeError, "weight", (x.float(), w.float(), ws)),
+        (ValueError, "weight", (x.float(), w[:, 1:], ws)),
+        (ValueError, "weight_scale", (x.float(), w, xs)),
+    ]:
+        with pytest.raises(error, match=rf"^{name}\b"):
+            cpu.w8_linear(*args)
+    with pytest.raises(TypeError, match=r"^x\b"):
+        cpu.w4_linear(x, packed, g, ws)
+    with pytest.raises(TypeError, match=r"^x\b"):
+        cpu.w4a8_linear(x.float(), xs, packed, g, ws)
+
+
+def test_malformed_ssd():
+    i = {"x": torch.zeros(2, 3, 4, 5), "dt": torch.zeros(2, 3, 4)} | {k: torch.zeros(2, 3, 2, 6) for k in "BC"}
+    i |= {"A": torch.zeros(4), "D": torch.zeros(4), "dt_bias": torch.zeros(4)}
+    assert cpu.ssd_scan(**i).shape == (2, 3, 4, 5)
+    for name, value in {
+        "dt": i["dt"][:, :2],
+        "A": i["A"][:3],
+        "B": torch.zeros(2, 2, 2, 6),
+        "C": i["C"][..., :4],
+        "D": torch.zeros(4, 4),
+        "dt_bias": i["dt_bias"][:3],
+        "state": torch.zeros(2, 4, 6, 5),
+        "mask": torch.ones(2, 4, dtype=torch.bool),
+        "x_scale": torch.tensor(1.0),
+    }.items():
+        with pytest.raises(ValueError, match=rf"^{name}\b"):
+            cpu.ssd_scan(**{**i, name: value})
+    integer = i | {"B": i["B"].to(torch.int8)}
+    for scale in (None, torch.ones(6)):
+        with pytest.raises(ValueError, match=r"^B_scale"):
+            cpu.ssd_scan(**integer, B_scale=scale)
+    with pytest.raises(TypeError, match=r"^state"):
+        cpu.ssd_scan(**i, state=torch.zeros(2, 4, 5, 6).half())
+
+
+def test_malformed_gated_norm():
+    x, w = torch.zeros(2, 6), torch.ones(6)
+    for name, args in {"z": (x, x[:1], w), "weight": (x, x, w[:5]), "z_scale": (x, x.to(torch.int8), w)}.items():
+        with pytest.raises(ValueError, match=rf"^{name}\b"):
+            cpu.gated_rms_norm(*args, 1e-5)
+    with pytest.raises(ValueError, match=r"^groups"):
+        cpu.gated_rms_norm(x, x, w, 1e-5, 4)
+
+
 def test_malformed_scan():
     i = {k: torch.zeros(2, 3, 4) for k in ("u", "dt", "z")} | {k: torch.zeros(2, 3, 5) for k in "BC"}
     i |= {"A": torch.zeros(4, 5), "D": torch.zeros(4), "dt_bias": torch.zeros(4)}
@@ -91,6 +158,11 @@ def test_gradients_go_through_the_reference(rng):
     x, w = torch.randn(3, 8, generator=rng), torch.ones(8, requires_grad=True)
     cpu.rms_norm(x, w, 1e-5).sum().backward()
     assert w.grad is not None
+    x.requires_grad_()
+    for y in (cpu.w8_linear(x, codes(rng, 5, 8), torch.rand(5)), cpu.gated_rms_norm(x, x, torch.ones(8), 1e-5)):
+        x.grad = None
+        y.sum().backward()
+        assert x.grad is not None
 
 
 def test_dispatch():

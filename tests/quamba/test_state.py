@@ -185,8 +185,10 @@ def test_repeat_interleave(model):
     ids = ids_of(6, batch=2)
     state = model.new_state()
     model(ids, past_key_values=state)
+    rows = [(layer.conv.clone(), layer.recurrent.clone()) for layer in state.layers]
     state.batch_repeat_interleave(3)
-    logits = model(torch.full((6, 1), 4), past_key_values=state).logits
-    other = model.new_state()
-    model(ids.repeat_interleave(3, 0), past_key_values=other)
-    assert torch.equal(model(torch.full((6, 1), 4), past_key_values=other).logits, logits)
+    for layer, (conv, recurrent) in zip(state.layers, rows, strict=True):
+        assert torch.equal(layer.conv, conv.repeat_interleave(3, 0))
+        assert torch.equal(layer.recurrent, recurrent.repeat_interleave(3, 0))
+    assert state.seen.tolist() == [6] * 6
+    assert model(torch.full((6, 1), 4), past_key_values=state).logits.shape[:2] == (6, 1)

@@ -44,6 +44,13 @@ def vector(name: str, t: Tensor, size: int) -> tuple[Tensor, int]:
     return t.contiguous(), 1
 
 
+def code_scale(name: str, x: Tensor, scale: Tensor | None, size: int) -> tuple[Tensor | None, int]:
+    """The scale that belongs to int8 codes `x` and not to floats, as `vector` returns it."""
+    if (x.dtype == torch.int8) != (scale is not None):
+        raise ValueError(f"{name}_scale: belongs to int8 codes, and {name} is {x.dtype}")
+    return (None, 0) if scale is None else vector(f"{name}_scale", scale, size)
+
+
 def float_vector(name: str, t: Tensor, size: int) -> Tensor:
     """A parameter `[size]` in any float dtype, as contiguous float32."""
     check(name, t, FLOATS, size)

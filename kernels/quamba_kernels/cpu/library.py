@@ -11,9 +11,20 @@ from typing import Any
 
 import torch  # loaded first: the library then shares torch's OpenMP runtime
 
-ABI = 2
+ABI = 4
 FILES = ("libquamba_cpu.so", "libquamba_cpu.dylib")
-OPS = ("int8_linear", "causal_conv1d", "selective_scan", "ssd_scan", "quantize", "rms_norm", "hadamard")
+OPS = (
+    "int8_linear",
+    "float_linear",
+    "expand_int4",
+    "causal_conv1d",
+    "selective_scan",
+    "ssd_scan",
+    "quantize",
+    "rms_norm",
+    "gated_rms_norm",
+    "hadamard",
+)
 
 _library: ctypes.CDLL | None = None
 _problem: str | None = None  # None until loading was tried and whenever it went well
@@ -29,7 +40,8 @@ def _structure(name: str, pointers_and_sizes: str) -> Any:
 
 LinearArgs = _structure(
     "LinearArgs",
-    "*x *weight *x_scale x_scale_stride *weight_scale *bias *inv inv_stride *acc *y *codes rows outputs inputs threads",
+    "*x *weight group *group_scale group_scale_is_float *x_scale x_scale_stride *weight_scale *bias *inv inv_stride"
+    " *acc *y *codes rows outputs inputs threads",
 )
 ConvArgs = _structure(
     "ConvArgs",
@@ -50,6 +62,11 @@ SsdArgs = _structure(
     " *C C_batch_stride C_token_stride C_is_int8 *C_scale C_scale_stride"
     " *dt dt_batch_stride dt_token_stride *A *D D_per_channel *dt_bias .dt_min .dt_max"
     " *state *mask *y batch length heads width groups states threads",
+)
+GatedNormArgs = _structure(
+    "GatedNormArgs",
+    "*x x_row_stride *z z_row_stride z_is_int8 *z_scale z_scale_stride *weight *y"
+    " .eps groups norm_before_gate rows width threads",
 )
 RowsArgs = _structure("RowsArgs", "*x *weight *inv inv_stride *y *codes *scale .eps blocks order rows width threads")
 

@@ -1,21 +1,102 @@
-"""int8 times int8: exact accumulators, and the linear layer with its epilogue."""
+"""Linear layers on codes: exact int8 products with their epilogue, and weight-only ones; int8 and int4 weights."""
+
+import ctypes
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from quamba_kernels import reference
-from quamba_kernels.cpu.checks import FLOAT32, INT8, check, last_axis, needs_grad, pointer, vector
+from quamba_kernels.cpu.checks import FLOAT32, FLOATS, INT8, check, last_axis, needs_grad, pointer, vector
 from quamba_kernels.cpu.library import LinearArgs, call, threads
+from quamba_kernels.reference.int4 import group_size, real_int4
+from quamba_kernels.reference.rounding import finish
 
 MAX_INPUTS = 2**17 - 1  # more products of -128 * -128 overflow int32
+FEW_ROWS = 16  # weight-only: beyond, it pays to make floats of the weight and leave the products to torch
+PANEL = 512  # weight rows to make floats of at once: they stay in the cache
 
 
 def _check_codes(x: Tensor, weight: Tensor) -> tuple[int, int]:
     inputs = last_axis("x", x, INT8)
     check("weight", weight, INT8, -1, inputs)
+    _check_sums(inputs)
+    return weight.shape[0], inputs
+
+
+def _check_sums(inputs: int) -> None:
     if inputs > MAX_INPUTS:
         raise ValueError(f"x: {inputs} inputs could overflow int32, the most is {MAX_INPUTS}")
-    return weight.shape[0], inputs
+
+
+def _check_packed(packed: Tensor, group_scale: Tensor, inputs: int) -> int:
+    check("packed", packed, (torch.uint8,), -1, -1)
+    check("group_scale", group_scale, (torch.int8, torch.float16), packed.shape[0], -1)
+    return group_size(packed, group_scale, inputs)
+
+
+def _check_epilogue(outputs: int, weight_scale: Tensor, bias: Tensor | None) -> None:
+    check("weight_scale", weight_scale, FLOAT32, outputs)
+    if bias is not None:
+        check("bias", bias, FLOAT32, outputs)
+
+
+def _check_x_scale(x: Tensor, x_scale: Tensor) -> None:
+    per_token = isinstance(x_scale, Tensor) and x_scale.numel() != 1
+    check("x_scale", x_scale, FLOAT32, *((*x.shape[:-1], 1) if per_token else x_scale.shape))
+
+
+def _int4(group_scale: Tensor, group: int) -> tuple[Tensor, ctypes.Structure]:
+    """The group scales as C takes them, to be kept alive during the call, and arguments that point there."""
+    is_float = group_scale.is_floating_point()
+    group_scale = (group_scale.float() if is_float else group_scale).contiguous()
+    return group_scale, LinearArgs(group=group, group_scale=group_scale.data_ptr(), group_scale_is_float=is_float)
+
+
+def _run(
+    op: str,
+    x: Tensor,
+    x_scale: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    inv: Tensor | None,
+    args: ctypes.Structure,
+) -> Tensor:
+    """Fill in what the ops share and call: float32, or int8 codes with `inv`."""
+    outputs, inputs = weight.shape[0], x.shape[-1]
+    out = torch.empty(*x.shape[:-1], outputs, dtype=torch.float32 if inv is None else torch.int8)
+    if inv is None:
+        args.y = out.data_ptr()
+    else:
+        inv, args.inv_stride = vector("inv", inv, outputs)
+        args.inv, args.codes = inv.data_ptr(), out.data_ptr()
+    if out.numel() == 0:
+        return out
+    x, weight, weight_scale = x.contiguous(), weight.contiguous(), weight_scale.contiguous()
+    if x_scale is not None:
+        x_scale, args.x_scale_stride = x_scale.contiguous(), int(x_scale.numel() != 1)
+    bias = None if bias is None else bias.contiguous()
+    args.x, args.weight, args.weight_scale = x.data_ptr(), weight.data_ptr(), weight_scale.data_ptr()
+    args.x_scale, args.bias = pointer(x_scale), pointer(bias)
+    args.rows, args.outputs, args.inputs, args.threads = out.numel() // outputs, outputs, inputs, threads()
+    call(op, args)
+    return out
+
+
+def _by_panels(
+    x: Tensor, real: Callable[[slice], Tensor], weight_scale: Tensor, bias: Tensor | None, inv: Tensor | None
+) -> Tensor:
+    """The weight-only product of many rows; `real` gives the floats of some weight rows."""
+    rows, outputs = x.float().reshape(-1, x.shape[-1]), weight_scale.shape[0]
+    y = torch.empty(rows.shape[0], outputs)
+    for n in range(0, outputs, PANEL):
+        panel = slice(n, n + PANEL)
+        torch.mm(rows, real(panel).T, out=y[:, panel])
+    y *= weight_scale
+    if bias is not None:
+        y += bias
+    return finish(y.view(*x.shape[:-1], outputs), inv)
 
 
 def int8_matmul(x: Tensor, weight: Tensor) -> Tensor:
@@ -31,6 +112,17 @@ def int8_matmul(x: Tensor, weight: Tensor) -> Tensor:
     return acc
 
 
+def expand_int4(packed: Tensor, group_scale: Tensor, inputs: int) -> Tensor:
+    group = _check_packed(packed, group_scale, inputs)
+    codes = torch.empty(packed.shape[0], inputs, dtype=torch.int8)
+    if codes.numel() > 0:
+        packed, (group_scale, args) = packed.contiguous(), _int4(group_scale, group)
+        args.weight, args.codes, args.threads = packed.data_ptr(), codes.data_ptr(), threads()
+        args.outputs, args.inputs = codes.shape
+        call("expand_int4", args)
+    return codes
+
+
 def w8a8_linear(
     x: Tensor,
     x_scale: Tensor,
@@ -40,30 +132,11 @@ def w8a8_linear(
     inv: Tensor | None = None,
 ) -> Tensor:
     outputs, inputs = _check_codes(x, weight)
-    check("weight_scale", weight_scale, FLOAT32, outputs)
-    if bias is not None:
-        check("bias", bias, FLOAT32, outputs)
-    per_token = isinstance(x_scale, Tensor) and x_scale.numel() != 1
-    check("x_scale", x_scale, FLOAT32, *((*x.shape[:-1], 1) if per_token else x_scale.shape))
-    if needs_grad(x_scale, weight_scale, bias, inv):
+    _check_epilogue(outputs, weight_scale, bias)
+    _check_x_scale(x, x_scale)
+    if inputs == 0 or needs_grad(x_scale, weight_scale, bias, inv):
         return reference.w8a8_linear(x, x_scale, weight, weight_scale, bias, inv)
-    out = torch.empty(*x.shape[:-1], outputs, dtype=torch.float32 if inv is None else torch.int8)
-    args = LinearArgs(x_scale_stride=int(per_token), outputs=outputs, inputs=inputs, threads=threads())
-    if inv is None:
-        args.y = out.data_ptr()
-    else:
-        inv, args.inv_stride = vector("inv", inv, outputs)
-        args.inv, args.codes = inv.data_ptr(), out.data_ptr()
-    if out.numel() == 0:
-        return out
-    if inputs == 0:
-        return reference.w8a8_linear(x, x_scale, weight, weight_scale, bias, inv)
-    x, x_scale, weight, weight_scale = (t.contiguous() for t in (x, x_scale, weight, weight_scale))
-    bias = None if bias is None else bias.contiguous()
-    args.x, args.x_scale, args.weight, args.weight_scale = (pointer(t) for t in (x, x_scale, weight, weight_scale))
-    args.bias, args.rows = pointer(bias), out.numel() // outputs
-    call("int8_linear", args)
-    return out
+    return _run("int8_linear", x, x_scale, weight, weight_scale, bias, inv, LinearArgs())
 
 
 def w4a8_linear(
@@ -75,5 +148,50 @@ def w4a8_linear(
     bias: Tensor | None = None,
     inv: Tensor | None = None,
 ) -> Tensor:
-    weight = reference.expand_int4(packed, group_scale, last_axis("x", x, INT8))
-    return w8a8_linear(x, x_scale, weight, weight_scale, bias, inv)
+    inputs = last_axis("x", x, INT8)
+    group = _check_packed(packed, group_scale, inputs)
+    _check_sums(inputs)
+    _check_epilogue(packed.shape[0], weight_scale, bias)
+    _check_x_scale(x, x_scale)
+    if needs_grad(x_scale, weight_scale, group_scale, bias, inv):
+        return reference.w4a8_linear(x, x_scale, packed, group_scale, weight_scale, bias, inv)
+    group_scale, args = _int4(group_scale, group)
+    return _run("int8_linear", x, x_scale, packed, weight_scale, bias, inv, args)
+
+
+def w8_linear(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, inv: Tensor | None = None
+) -> Tensor:
+    inputs = last_axis("x", x, FLOATS)
+    check("weight", weight, INT8, -1, inputs)
+    _check_epilogue(weight.shape[0], weight_scale, bias)
+    if inputs == 0 or needs_grad(x, weight_scale, bias, inv):
+        return reference.w8_linear(x, weight, weight_scale, bias, inv)
+    if x.numel() > FEW_ROWS * inputs:
+        return _by_panels(x, lambda panel: weight[panel].float(), weight_scale, bias, inv)
+    return _run("float_linear", x.float(), None, weight, weight_scale, bias, inv, LinearArgs())
+
+
+def w4_linear(
+    x: Tensor,
+    packed: Tensor,
+    group_scale: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    inv: Tensor | None = None,
+) -> Tensor:
+    inputs = last_axis("x", x, FLOATS)
+    group = _check_packed(packed, group_scale, inputs)
+    _check_epilogue(packed.shape[0], weight_scale, bias)
+    if needs_grad(x, weight_scale, group_scale, bias, inv):
+        return reference.w4_linear(x, packed, group_scale, weight_scale, bias, inv)
+    if x.numel() > FEW_ROWS * inputs:
+
+        def real(rows: slice) -> Tensor:
+            if group_scale.is_floating_point():
+                return real_int4(packed[rows], group_scale[rows], inputs)
+            return expand_int4(packed[rows], group_scale[rows], inputs).float()
+
+        return _by_panels(x, real, weight_scale, bias, inv)
+    group_scale, args = _int4(group_scale, group)
+    return _run("float_linear", x.float(), None, packed, weight_scale, bias, inv, args)

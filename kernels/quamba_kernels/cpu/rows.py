@@ -1,4 +1,4 @@
-"""Ops on rows of floats: quantization, RMSNorm, Hadamard transform."""
+"""Ops on rows of floats: quantization, norms, Hadamard transform."""
 
 import ctypes
 
@@ -6,8 +6,20 @@ import torch
 from torch import Tensor
 
 from quamba_kernels import reference
-from quamba_kernels.cpu.checks import FLOAT32, FLOATS, check, float_vector, last_axis, needs_grad, pointer, vector
-from quamba_kernels.cpu.library import RowsArgs, call, threads
+from quamba_kernels.cpu.checks import (
+    FLOAT32,
+    FLOATS,
+    FLOATS_OR_INT8,
+    check,
+    code_scale,
+    float_vector,
+    last_axis,
+    needs_grad,
+    pointer,
+    tokens,
+    vector,
+)
+from quamba_kernels.cpu.library import GatedNormArgs, RowsArgs, call, threads
 
 
 def _run(op: str, x: Tensor, width: int, inv: Tensor | None, args: ctypes.Structure) -> Tensor:
@@ -50,6 +62,35 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, inv: Tensor | None = None) -
     w = float_vector("weight", weight, width)
     out = _run("rms_norm", x, width, inv, RowsArgs(weight=w.data_ptr(), eps=eps))
     return out if inv is not None else out.to(weight.dtype)
+
+
+def gated_rms_norm(
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    eps: float,
+    groups: int = 1,
+    norm_before_gate: bool = False,
+    *,
+    z_scale: Tensor | None = None,
+) -> Tensor:
+    width = last_axis("x", x, FLOATS)
+    check("z", z, FLOATS_OR_INT8, *x.shape)
+    scale, stride = code_scale("z", z, z_scale, width)
+    if groups < 1 or width == 0 or width % groups:
+        raise ValueError(f"groups: {width} channels don't split into {groups}")
+    if needs_grad(x, z, weight, z_scale):
+        return reference.gated_rms_norm(x, z, weight, eps, groups, norm_before_gate, z_scale=z_scale)
+    w, out = float_vector("weight", weight, width), torch.empty(x.shape)
+    if out.numel() > 0:
+        x, z = tokens(x.reshape(-1, width)), tokens(z.reshape(-1, width))
+        args = GatedNormArgs(x=x.data_ptr(), x_row_stride=x.stride(0), z=z.data_ptr(), z_row_stride=z.stride(0))
+        args.z_is_int8, args.z_scale, args.z_scale_stride = z.dtype == torch.int8, pointer(scale), stride
+        args.weight, args.y, args.eps = w.data_ptr(), out.data_ptr(), eps
+        args.groups, args.norm_before_gate = groups, norm_before_gate
+        args.rows, args.width, args.threads = x.shape[0], width, threads()
+        call("gated_rms_norm", args)
+    return out.to(weight.dtype)
 
 
 def hadamard(x: Tensor, outer: Tensor | None, blocks: int = 1, inv: Tensor | None = None) -> Tensor:

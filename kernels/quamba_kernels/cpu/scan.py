@@ -10,21 +10,15 @@ from quamba_kernels.cpu.checks import (
     FLOATS,
     FLOATS_OR_INT8,
     check,
+    code_scale,
     float_vector,
     needs_grad,
     pointer,
     tokens,
-    vector,
 )
 from quamba_kernels.cpu.library import ScanArgs, call, threads
 
 MAX_STATE = 256
-
-
-def _scale(name: str, x: Tensor, scale: Tensor | None) -> tuple[Tensor | None, int]:
-    if (x.dtype == torch.int8) != (scale is not None):
-        raise ValueError(f"{name}_scale: belongs to int8 codes, and {name} is {x.dtype}")
-    return (None, 0) if scale is None else vector(f"{name}_scale", scale, x.shape[2])
 
 
 def selective_scan(
@@ -55,8 +49,8 @@ def selective_scan(
     if mask is not None:
         check("mask", mask, BOOL, batch, length)
         mask = mask.contiguous()
-    u_scale, u_scale_stride = _scale("u", u, u_scale)
-    z_scale, z_scale_stride = _scale("z", z, z_scale)
+    u_scale, u_scale_stride = code_scale("u", u, u_scale, channels)
+    z_scale, z_scale_stride = code_scale("z", z, z_scale, channels)
     D, dt_bias = float_vector("D", D, channels), float_vector("dt_bias", dt_bias, channels)
     if not 1 <= states <= MAX_STATE or needs_grad(u, dt, A, B, C, D, z, dt_bias, u_scale, z_scale):
         return reference.selective_scan(

@@ -12,11 +12,11 @@ from quamba_kernels.cpu.checks import (
     FLOATS,
     FLOATS_OR_INT8,
     check,
+    code_scale,
     float_vector,
     needs_grad,
     pointer,
     tokens,
-    vector,
 )
 from quamba_kernels.cpu.library import SsdArgs, call, threads
 from quamba_kernels.cpu.scan import MAX_STATE
@@ -24,10 +24,8 @@ from quamba_kernels.cpu.scan import MAX_STATE
 
 def _channels(name: str, x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
     """x `[B, L, *, *]` as `[B, L, channels]`, its scale, and the stride of that."""
-    if (x.dtype == torch.int8) != (scale is not None):
-        raise ValueError(f"{name}_scale: belongs to int8 codes, and {name} is {x.dtype}")
     flat = tokens(x.flatten(2))
-    return (flat, None, 0) if scale is None else (flat, *vector(f"{name}_scale", scale, flat.shape[2]))
+    return flat, *code_scale(name, flat, scale, flat.shape[2])
 
 
 def ssd_scan(
