@@ -1,7 +1,8 @@
 // Weight-only linear for a few rows of float x: each weight is read once, as a code, and multiplied on 16 lanes.
 //
 // A task is a block of weight rows. int4 rows are expanded to int8 first, times their multipliers; a float scale instead
-// multiplies the sum over its group. A row's sums don't depend on the other rows.
+// multiplies the sum over its group. int8 weights with few inputs are turned instead, so that the lanes are outputs: fast
+// for any number of rows. Either way a row's sums don't depend on the other rows.
 #include "int4.h"
 #include "ops.h"
 #include "parallel.h"
@@ -12,6 +13,7 @@ namespace {
 
 constexpr int64_t BLOCK = 16;        // weight rows a task
 constexpr int64_t AHEAD = 8;         // weight rows to prefetch ahead
+constexpr int64_t FEW_INPUTS = 512;  // up to here a block of turned weights stays in the cache
 constexpr int64_t GRAIN = 1 << 16;   // products that are worth a thread
 
 // Weight rows n0 .. n0 + count of a task: codes `width` apart, and float group scales, or null for sums without them.
@@ -62,6 +64,23 @@ void rows(const float *x, int64_t inputs, const Codes &codes, float *sums) {
     for (int64_t n = 0; n < codes.count; n += N) tile<M, N>(x, inputs, codes, n, sums + n);
 }
 
+// `count` weight rows to 16 lanes, those from `count` on zero.
+void turn(const int8_t *weight, int64_t inputs, int64_t count, float *turned) {
+    for (int64_t k = 0; k < inputs; ++k)
+        for (int64_t n = 0; n < LANES; ++n) turned[k * LANES + n] = n < count ? weight[n * inputs + k] : 0.0f;
+}
+
+template <int M>
+inline void tile_of_turned(const float *x, int64_t inputs, const float *turned, float *sums) {
+    F16 acc[M];
+    for (int m = 0; m < M; ++m) acc[m] = splat(0.0f);
+    for (int64_t k = 0; k < inputs; ++k) {
+        const F16 w = load(turned + k * LANES);
+        for (int m = 0; m < M; ++m) acc[m] = acc[m] + splat(x[m * inputs + k]) * w;
+    }
+    for (int m = 0; m < M; ++m) store(sums + m * BLOCK, acc[m]);
+}
+
 // M rows of results from `m` on.
 void finish(const quamba_linear_args &a, const float *sums, int64_t M, int64_t m, int64_t n0, int64_t count) {
     for (int64_t i = 0; i < M; ++i) {
@@ -81,11 +100,13 @@ int float_linear(const quamba_linear_args &a) {
     const auto *x = static_cast<const float *>(a.x);
     const Int4 int4(a);
     const int64_t width = a.group ? int4.groups * a.group : a.inputs;
-    const bool by_group = a.group && a.group_scale_is_float;
+    const bool by_group = a.group && a.group_scale_is_float, few = !a.group && a.inputs <= FEW_INPUTS;
     const int64_t threads = worthwhile(a.threads, a.rows * a.outputs * a.inputs, GRAIN);
     return parallel_for((a.outputs + BLOCK - 1) / BLOCK, threads, [&](int64_t begin, int64_t end) -> int {
-        auto *expanded = static_cast<int8_t *>(scratch(a.group ? BLOCK * width : 1));
-        if (!expanded) return QUAMBA_OUT_OF_MEMORY;
+        auto *work = scratch(a.group ? BLOCK * width : few ? BLOCK * a.inputs * int64_t{sizeof(float)} : 1);
+        if (!work) return QUAMBA_OUT_OF_MEMORY;
+        auto *expanded = static_cast<int8_t *>(work);
+        auto *turned = static_cast<float *>(work);
         for (int64_t task = begin; task < end; ++task) {
             const int64_t n0 = task * BLOCK, count = a.outputs - n0 < BLOCK ? a.outputs - n0 : BLOCK;
             Codes codes = {static_cast<const int8_t *>(a.weight) + n0 * width, width, count, nullptr, int4.groups, a.inputs};
@@ -97,11 +118,16 @@ int float_linear(const quamba_linear_args &a) {
                 codes.scale = static_cast<const float *>(a.group_scale) + n0 * int4.groups;
                 codes.run = a.group;
             }
+            if (few) turn(codes.row, a.inputs, count, turned);
             for (int64_t m = 0, M; m < a.rows; m += M) {
                 alignas(64) float sums[4 * BLOCK];
                 const float *xm = x + m * a.inputs;
                 M = a.rows - m >= 4 ? 4 : a.rows - m >= 2 ? 2 : 1;
-                if (M == 4)
+                if (few)
+                    M == 4 ? tile_of_turned<4>(xm, a.inputs, turned, sums)
+                    : M == 2 ? tile_of_turned<2>(xm, a.inputs, turned, sums)
+                             : tile_of_turned<1>(xm, a.inputs, turned, sums);
+                else if (M == 4)
                     rows<4, 1>(xm, a.inputs, codes, sums);
                 else if (M == 2)
                     rows<2, 2>(xm, a.inputs, codes, sums);

@@ -22,6 +22,7 @@ SHAPES = [
     (4, 333, 131),
     (13, 257, 70),
     (37, 999, 300),
+    (37, linear.FEW_INPUTS + 1, 30),
 ]
 KINDS = [torch.int8, torch.float16]
 
@@ -126,6 +127,13 @@ def test_rows_do_not_depend_on_each_other(rng):
     for run in (lambda x: cpu.w4_linear(x, packed, g, s), lambda x: cpu.w8_linear(x, w, s)):
         alone = torch.cat([run(x[i : i + 1]) for i in range(7)])
         assert all(torch.equal(run(x[:rows]), alone[:rows]) for rows in range(1, 8))
+
+
+@pytest.mark.parametrize("inputs", [1, 24, 200, linear.FEW_INPUTS])
+def test_int8_weights_with_few_inputs_give_a_row_the_same_bits_among_any_number(rng, inputs):
+    x, w, s = normal(rng, 67, inputs), codes(rng, 37, inputs), torch.rand(37, generator=rng)
+    whole = cpu.w8_linear(x, w, s)
+    assert all(torch.equal(cpu.w8_linear(x[:rows], w, s), whole[:rows]) for rows in (1, 2, 3, 17, 64))
 
 
 def test_views_batches_and_no_rows(rng):

@@ -14,6 +14,7 @@ from quamba_kernels.reference.rounding import finish
 
 MAX_INPUTS = 2**17 - 1  # more products of -128 * -128 overflow int32
 FEW_ROWS = 16  # weight-only: beyond, it pays to make floats of the weight and leave the products to torch
+FEW_INPUTS = 512  # of int8 weights: the C++ is fast for any number of rows, and the same bits for each
 PANEL = 512  # weight rows to make floats of at once: they stay in the cache
 
 
@@ -167,7 +168,7 @@ def w8_linear(
     _check_epilogue(weight.shape[0], weight_scale, bias)
     if inputs == 0 or needs_grad(x, weight_scale, bias, inv):
         return reference.w8_linear(x, weight, weight_scale, bias, inv)
-    if x.numel() > FEW_ROWS * inputs:
+    if inputs > FEW_INPUTS and x.numel() > FEW_ROWS * inputs:
         return _by_panels(x, lambda panel: weight[panel].float(), weight_scale, bias, inv)
     return _run("float_linear", x.float(), None, weight, weight_scale, bias, inv, LinearArgs())
 
