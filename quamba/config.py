@@ -27,6 +27,7 @@ class QuambaConfig(PreTrainedConfig):
     layer_norm_epsilon: float = 1e-5
     residual_in_fp32: bool = True
     tie_word_embeddings: bool = True
+    head_bias: bool = False
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None

@@ -119,10 +119,9 @@ class QuambaLMHeadModel(PreTrainedModel, GenerationMixin):
                 f"one and {plan.embedding.bits} for the other"
             )
         self.backbone = Backbone(config, plan)
-        self.lm_head = Linear(
-            config.hidden_size, config.vocab_size, spec=plan.lm_head, integer_input=not plan.final_norm.is_float
-        )
-        names = [name for name, _ in self.lm_head.named_parameters()]
+        integer = not plan.final_norm.is_float
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, config.head_bias, plan.lm_head, integer)
+        names = [name for name, _ in self.lm_head.named_parameters() if name != "bias"]
         self._tied_weights_keys = {f"lm_head.{name}": f"backbone.embedding.{name}" for name in names}
         self.residual_dtype = torch.float32 if config.residual_in_fp32 else None
         self.post_init()
@@ -154,7 +153,8 @@ class QuambaLMHeadModel(PreTrainedModel, GenerationMixin):
         """Load a model: a bundled name, a folder (artifact, mamba-ssm or transformers layout), a hub id or short name.
 
         dtype: "auto" (as stored, the default) or a torch dtype for the float parts; device or device_map: where to;
-        revision, token, cache_dir, local_files_only: passed to the hub. Raises QuambaError.
+        strict: refuse a checkpoint that needs repairs (otherwise they are logged once); verify: check the hashes of an
+        artifact's files; revision, token, cache_dir, local_files_only: passed to the hub. Raises QuambaError.
         """
         from quamba.formats import load_model
 

@@ -113,7 +113,8 @@ class WeightSpec:
 
 @dataclass(frozen=True)
 class Rotation:
-    """An online Hadamard rotation of width n = m * 2^k: `matrix` sylvester (m = 1), a Paley name, or identity."""
+    """An online Hadamard rotation of width n = m * 2^k: `matrix` sylvester (m = 1), a Paley name, identity,
+    or a foreign table's name in imported models."""
 
     n: int
     m: int = 1

@@ -9,7 +9,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from quamba_kernels.foreign_hadamard import DAO, ROWS
+
 PALEY = {"paley12": 12, "paley20": 20, "paley28": 28, "paley44": 44}
+ORDERS = PALEY | DAO
+"""Order of every matrix that has a name."""
 
 
 def _jacobsthal(q: int) -> Tensor:
@@ -28,7 +32,9 @@ def _bordered(q: int, sign: int) -> Tensor:
 
 @cache
 def outer_matrix(name: str) -> Tensor:
-    """float32 `[m, m]` of +-1 with `H Hᵀ = m I`, for a name in `PALEY`. Don't write to it: it is shared."""
+    """float32 `[m, m]` of +-1 with `H Hᵀ = m I`, for a name in `ORDERS`. Don't write to it: it is shared."""
+    if name in ROWS:
+        return torch.tensor([[1.0 if sign == "+" else -1.0 for sign in row] for row in ROWS[name]])
     m = PALEY[name]
     if m == 28:
         s = _bordered(13, 1)

@@ -28,9 +28,14 @@ def exists(ctx: click.Context, option: click.Parameter, model: str | None) -> st
     return model
 
 
+strict_option = click.option("--strict", is_flag=True, help="Refuse a checkpoint that needs repairs.")
+
+
 def model_options(command: Callable) -> Callable:
-    """--device, --dtype, --tokenizer, --backend."""
+    """--device, --dtype, --tokenizer, --backend, --strict, --verify."""
     for option in (
+        click.option("--verify", is_flag=True, help="Check the hashes of an artifact's files."),
+        strict_option,
         click.option("--backend", default="auto", show_default=True, help="Kernels: auto, reference or cpu."),
         click.option("--tokenizer", metavar="T", help="Tokenizer folder or hub id; the model's own by default."),
         click.option("--dtype", default="auto", show_default=True, help="Of float parts: float32, float16, bfloat16."),

@@ -35,6 +35,8 @@ def eval_command(
     dtype: str,
     tokenizer: str | None,
     backend: str,
+    strict: bool,
+    verify: bool,
     output: Path | None,
 ) -> None:
     """Measure MODEL: tasks, perplexity, and how far it is from another model.
@@ -66,7 +68,7 @@ def eval_command(
         words = load_tokenizer(model, tokenizer)
         ids = {Path(text).name: encode_text(words, text) for text in texts}
         networks = {
-            label: QuambaLMHeadModel.from_pretrained(name, dtype=dtype, device=device)
+            label: QuambaLMHeadModel.from_pretrained(name, dtype=dtype, device=device, strict=strict, verify=verify)
             for label, name in _labels(model, against).items()
         }
         measured, divergences = evaluate(

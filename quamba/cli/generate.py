@@ -40,6 +40,8 @@ def generate_command(
     dtype: str,
     tokenizer: str | None,
     backend: str,
+    strict: bool,
+    verify: bool,
     output: Path | None,
 ) -> None:
     """Continue a prompt, printing as it goes.
@@ -59,7 +61,7 @@ def generate_command(
     text = sys.stdin.read() if prompt == "-" else prompt
     words = load_tokenizer(model, tokenizer)
     with running_on(backend, device):
-        network = QuambaLMHeadModel.from_pretrained(model, dtype=dtype, device=device)
+        network = QuambaLMHeadModel.from_pretrained(model, dtype=dtype, device=device, strict=strict, verify=verify)
         ids = words(text, return_tensors="pt")["input_ids"].to(network.device)
         if ids.numel() == 0:
             raise DataError("the prompt is empty: give --prompt some text")

@@ -53,6 +53,8 @@ def quantize_command(
     dtype: str,
     tokenizer: str | None,
     backend: str,
+    strict: bool,
+    verify: bool,
     output: Path | None,
 ) -> None:
     """Quantize MODEL into a new folder that loads like any other model.
@@ -73,7 +75,7 @@ def quantize_command(
     from quamba.recipe import Recipe
 
     started = time.monotonic()
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, strict=strict, verify=verify)
     resolved = Recipe.find(named[0], family=checkpoint.config.blocks[0]["mixer"])
     tied = checkpoint.config.tie_word_embeddings and not resolved.untie
     if tied and None in (embedding, lm_head):  # one matrix: either switch means both

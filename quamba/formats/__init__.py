@@ -13,6 +13,7 @@ _HOME = {
     "Checkpoint": "checkpoint",
     "checkpoint_of": "checkpoint",
     "open_checkpoint": "checkpoint",
+    "convert": "conversion",
     "load_model": "load",
     "save_model": "load",
     "find": "location",
@@ -28,6 +29,7 @@ __all__ = [
     "Checkpoint",
     "bits",
     "checkpoint_of",
+    "convert",
     "copy_tokenizer",
     "expected_tensors",
     "find",
@@ -43,6 +45,7 @@ __all__ = [
 if TYPE_CHECKING:
     from quamba.formats.artifact import ArtifactWriter, expected_tensors, is_artifact
     from quamba.formats.checkpoint import Checkpoint, checkpoint_of, open_checkpoint
+    from quamba.formats.conversion import convert
     from quamba.formats.load import load_model, save_model
     from quamba.formats.location import find, locate
     from quamba.formats.summary import bits, summarize

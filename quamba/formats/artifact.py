@@ -23,10 +23,11 @@ from torch import Tensor
 
 from quamba.config import QuambaConfig
 from quamba.errors import CheckpointError
-from quamba.formats.tensors import read_header
+from quamba.formats.headers import read_header
 from quamba.plan import FORMAT_VERSION
 
 INDEX = "model.safetensors.index.json"
+_LATER = ("head_bias",)  # fields of a later time, part of the digest where they say something
 _ARCHITECTURE = (
     "vocab_size",
     "hidden_size",
@@ -41,10 +42,6 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 
 def matches(config: dict[str, Any]) -> bool:
     return config.get("model_type") == "quamba"
-
-
-def rename(name: str) -> str:
-    return name
 
 
 def read_config(data: dict[str, Any]) -> QuambaConfig:
@@ -66,6 +63,7 @@ def is_artifact(folder: Path) -> bool:
 def digest(config: QuambaConfig) -> str:
     """sha256 of the canonical JSON of architecture, float dtype and plan."""
     facts = {key: getattr(config, key) for key in _ARCHITECTURE}
+    facts |= {key: getattr(config, key) for key in _LATER if getattr(config, key)}
     facts["dtype"] = str(config.dtype).removeprefix("torch.")
     plan = config.plan.to_dict()
     facts["plan"] = {key: value for key, value in plan.items() if key not in ("recipe", "provenance")}
@@ -127,12 +125,13 @@ class ArtifactWriter:
     def finish(self) -> None:
         """Index and config.json, from the shards on disk."""
         names: dict[str, str] = {}
-        total = 0
+        total, hashes = 0, {}
         for shard in self.shards():
+            hashes[shard] = sha256_of(self.folder / shard)
             entries, _ = read_header(self.folder / shard)
             names |= dict.fromkeys(entries, shard)
             total += (self.folder / shard).stat().st_size
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
+        index = {"metadata": {"total_size": total, "sha256": hashes}, "weight_map": dict(sorted(names.items()))}
         write_atomically(self.folder / INDEX, json.dumps(index, indent=2).encode() + b"\n")
         self.config.architectures = ["QuambaLMHeadModel"]
         write_atomically(self.folder / "config.json", self.config.to_json_string().encode())
@@ -140,6 +139,27 @@ class ArtifactWriter:
     def shards(self) -> list[str]:
         blocks = [block_shard(i) for i in range(self.config.num_hidden_layers)]
         return ["embedding.safetensors", *blocks, "head.safetensors"]
+
+
+def sha256_of(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def verify(folder: Path) -> None:
+    """Every shard against the hash that was recorded when it was written. Raises CheckpointError naming the shard."""
+    try:
+        hashes = json.loads((folder / INDEX).read_text(encoding="utf-8"))["metadata"]["sha256"]
+        wrong = [name for name, expected in sorted(hashes.items()) if sha256_of(folder / Path(name).name) != expected]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder} can't be verified: it records no hashes of its files (only quamba's own artifacts do; "
+            "`quamba convert` makes one)"
+        ) from error
+    if wrong:
+        raise CheckpointError(
+            f"{folder / wrong[0]} is not what was written: its hash differs; restore or make it again"
+        )
 
 
 def write_atomically(path: Path, *pieces: bytes | memoryview) -> None:

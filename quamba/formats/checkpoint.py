@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,23 +14,33 @@ from torch import Tensor
 
 from quamba.config import QuambaConfig
 from quamba.errors import CheckpointError, QuambaError
-from quamba.formats import artifact, mamba_ssm, transformers
+from quamba.formats import artifact, mamba_ssm, published, transformers
 from quamba.formats.location import Location, locate
-from quamba.formats.tensors import LiveTensors, TensorFiles, read_json
+from quamba.formats.repairs import Repairs, some
+from quamba.formats.tensors import LiveTensors, TensorFiles, Tensors, View, read_json
 
-TIED = "lm_head.weight"
-_LAYOUTS: dict[str, Any] = {"quamba": artifact, "transformers": transformers, "mamba_ssm": mamba_ssm}
+HEAD, EMBEDDING = "lm_head.weight", "backbone.embedding.weight"
+CONFIGS = ("config.json", "params.json")
+_LAYOUTS: dict[str, Any] = {
+    "quamba": artifact,
+    "published quamba": published,
+    "transformers": transformers,
+    "mamba_ssm": mamba_ssm,
+}
+_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.|model\.)+(?=backbone\.|lm_head\.)")
+_PRECISE = ("A_log", "mixer.D", "dt_bias", "dt_proj.bias")  # held in float32 whatever the model's dtype
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`config`: the architecture (and plan) read from it, `config.dtype` its float dtype; `names`: our name -> the file's."""
+    """`config`: the architecture (and plan) read from it, `config.dtype` its float dtype; `files`: its tensors by our
+    names; `repairs`: what was put right."""
 
     location: Location
     layout: str
     config: QuambaConfig
-    files: TensorFiles | LiveTensors
-    names: dict[str, str]
+    files: Tensors
+    repairs: Repairs
     live: Any = None  # the model, if it is one in memory
 
     @property
@@ -42,8 +53,7 @@ class Checkpoint:
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors by our names, memory-mapped, float ones checked to be finite. Raises CheckpointError."""
-        source = {self.names[name]: name for name in names}
-        tensors = {source[theirs]: tensor for theirs, tensor in self.files.read(source).items()}
+        tensors = self.files.read(names)
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not is_finite(tensor):
                 raise CheckpointError(f"{self.location.name}: tensor {name} holds NaN or infinite values")
@@ -52,69 +62,84 @@ class Checkpoint:
     def block(self, index: int) -> dict[str, Tensor]:
         """One block's tensors by their names inside the block."""
         prefix = f"backbone.layers.{index}."
-        tensors = self.read(name for name in self.names if name.startswith(prefix))
+        tensors = self.read(name for name in self.files.entries if name.startswith(prefix))
         return {name[len(prefix) :]: tensor for name, tensor in tensors.items()}
 
 
-def open_checkpoint(model: str, **hub: Any) -> Checkpoint:
-    """Find and identify MODEL, and check names, shapes and integrity of its files. Raises CheckpointError."""
+def open_checkpoint(
+    model: str, *, strict: bool = False, exact: bool = False, verify: bool = False, **hub: Any
+) -> Checkpoint:
+    """Find and identify MODEL, and check names, shapes and integrity of its files. Raises CheckpointError.
+
+    strict: refuse what needs repairs. exact: import int4 weights with two levels of scales as the int8 codes that they
+    are multiplied as (see `quamba.formats.published`). verify: read every shard and check the hash recorded for it.
+    """
     location = locate(model, **hub)
-    config_file = location.path / "config.json"
-    if not config_file.is_file():
+    config_file = next((location.path / name for name in CONFIGS if (location.path / name).is_file()), None)
+    if config_file is None:
         unfinished = " (a quantization that was not finished?)" if location.path.name.endswith(".partial") else ""
         raise CheckpointError(f"{location.path} has no config.json, so it is no model folder{unfinished}")
     if (location.path / "run.json").is_file():
         raise CheckpointError(
             f"{location.path} is a quantization that was not finished: run the same command to resume it"
         )
-    return _identify(location, read_json(config_file), str(config_file), lambda: TensorFiles(location.path))
+    data = read_json(config_file)
+    found = _identify(location, data, str(config_file), TensorFiles, exact)
+    if strict:
+        found.repairs.refuse()
+    if verify:
+        artifact.verify(location.path)
+    return found
 
 
 def checkpoint_of(model: Any) -> Checkpoint:
-    """A live float model (ours, or transformers' Mamba or Mamba2) as a checkpoint. Raises CheckpointError."""
-    if not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
+    """A live float model (ours, transformers', mamba-ssm's) as a checkpoint. Raises CheckpointError."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(model, "state_dict") or not (dataclasses.is_dataclass(config) or hasattr(config, "to_dict")):
         raise CheckpointError(
-            f"can't quantize a {type(model).__name__}: give a name, a folder, or a live model of quamba's or transformers'"
+            f"can't quantize a {type(model).__name__}: give a name, a folder, or a live model of quamba's, "
+            "transformers' or mamba-ssm's"
         )
     name = getattr(model, "name_or_path", "") or type(model).__name__
-    location = Location(Path(), Path(name).name)
-    data = model.config.to_dict() | {"dtype": str(model.dtype).removeprefix("torch.")}
-    found = _identify(
-        location, data, f"the configuration of {type(model).__name__}", lambda: LiveTensors(model.state_dict())
-    )
+    data = config.to_dict() if hasattr(config, "to_dict") else dataclasses.asdict(config)
+    data["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+    kind = f"the configuration of {type(model).__name__}"
+    found = _identify(Location(Path(), Path(name).name), data, kind, lambda _: LiveTensors(model.state_dict()), False)
     return dataclasses.replace(found, live=model)
 
 
-def _identify(
-    location: Location, data: dict[str, Any], config_file: str, open_files: Callable[[], TensorFiles | LiveTensors]
-) -> Checkpoint:
+def _identify(location: Location, data: dict[str, Any], config_file: str, open_files: Any, exact: bool) -> Checkpoint:
     name = next((name for name, layout in _LAYOUTS.items() if layout.matches(data)), None)
     if name is None:
         kind = data.get("model_type") or data.get("architectures") or "no model_type"
         raise CheckpointError(
-            f"{config_file} describes an architecture that isn't supported ({kind}); "
-            "supported: Mamba1 and Mamba2 in mamba-ssm's or transformers' layout, and quamba's own artifacts"
+            f"{config_file} describes an architecture that isn't supported ({kind}); supported: Mamba1 and Mamba2 in "
+            "mamba-ssm's or transformers' layout, FalconMamba, the published Quamba's, and quamba's own artifacts"
         )
-    layout = _LAYOUTS[name]
+    layout, repairs = _LAYOUTS[name], Repairs(location.name)
+    files: Tensors = open_files(location.path)
     try:
-        config = layout.read_config(data)
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, MemoryError) as error:
+        if name == "quamba":
+            config = layout.read_config(data)
+        elif name == "published quamba":
+            config, files = published.read(data, files, repairs, exact)
+        else:
+            view = _our_names(layout, data, files, repairs)
+            shapes = {ours: entry.shape for ours, entry in view.entries.items()}
+            config, files = layout.read_config(data, shapes, repairs), view
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, MemoryError, IndexError) as error:
         raise CheckpointError(f"{config_file} can't be understood: {type(error).__name__}: {error}") from error
     except QuambaError as error:
         raise CheckpointError(f"{config_file}: {error}") from error
     if not config.blocks:
         raise CheckpointError(f"{config_file} describes a model without layers")
-    files = open_files()
-    names = {layout.rename(theirs): theirs for theirs in files.entries}
-    if config.tie_word_embeddings and TIED in names and "backbone.embedding.weight" in names:
-        _check_tied(location, files, names)
-        del names[TIED]
-    if name != "quamba":
-        config.dtype = _float_dtype(location, files, names)
-    else:
+    if name == "quamba":
         artifact.check_digests(config, location.name, files.metadata)
-    _check(location, config, files, names, exact=name == "quamba")
-    return Checkpoint(location, name, config, files, names)
+    _settle_head(location, data, config, files, repairs)
+    if name != "quamba":
+        config.dtype = _float_dtype(files, repairs)
+    _check(location, config, files, repairs, exact=name == "quamba")
+    return Checkpoint(location, name, config, files, repairs)
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -122,51 +147,87 @@ def is_finite(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in tensor.aminmax())
 
 
-def _float_dtype(location: Location, files: TensorFiles | LiveTensors, names: dict[str, str]) -> torch.dtype:
-    theirs = names.get("backbone.embedding.weight")
-    if theirs is None:
-        raise CheckpointError(f"{location.name} has no embedding: missing tensor backbone.embedding.weight")
-    dtype = files.entries[theirs].dtype
-    if not dtype.is_floating_point:
-        raise CheckpointError(f"{location.name}: the embedding is stored as {dtype}, expected a float type")
-    return torch.float32 if dtype == torch.float64 else dtype
+def _our_names(layout: Any, data: dict[str, Any], files: Tensors, repairs: Repairs) -> View:
+    """The files' tensors by our names: without wrappers' prefixes, and with `backbone.` where only the body was saved."""
+    view = View(files)
+    bare = not any(_WRAPPERS.sub("", name).startswith("backbone.") for name in files.entries)
+    for theirs in files.entries:
+        name = f"backbone.{theirs}" if bare and not theirs.startswith("lm_head.") else _WRAPPERS.sub("", theirs)
+        if name != theirs and bare:
+            repairs.add(
+                "names lack the prefix backbone.", "only the body of the model was saved; its names are complete"
+            )
+        elif name != theirs and "dim" not in data:  # in Codestral's layout the prefix belongs there
+            prefix = theirs.removesuffix(name)
+            repairs.add(
+                f"names begin with {prefix!r}, which is left out", "a wrapper's prefix; what follows is unchanged"
+            )
+        ours = layout.rename(name)
+        if ours in view.entries:
+            raise CheckpointError(f"{theirs} and {view.sources[ours][0][0]} both stand for {ours}")
+        view.add(ours, theirs)
+    return view
 
 
-def _check_tied(location: Location, files: TensorFiles | LiveTensors, names: dict[str, str]) -> None:
-    head, embedding = names[TIED], names["backbone.embedding.weight"]
-    both = files.read([head, embedding])
-    if both[head].shape != both[embedding].shape or not torch.equal(both[head], both[embedding]):
+def _settle_head(
+    location: Location, data: dict[str, Any], config: QuambaConfig, files: Tensors, repairs: Repairs
+) -> None:
+    """A tied head's copy is dropped; one that differs from the embedding is a head of its own or a contradiction."""
+    if not config.tie_word_embeddings or HEAD not in files.entries or EMBEDDING not in files.entries:
+        return
+    both = files.read([HEAD, EMBEDDING])
+    if both[HEAD].shape == both[EMBEDDING].shape and torch.equal(both[HEAD], both[EMBEDDING]):
+        del files.entries[HEAD]
+    elif {"tie_embeddings", "tie_word_embeddings"} & data.keys():
         raise CheckpointError(
             f"{location.name}: config.json says that head and embedding are tied, but lm_head.weight differs from the "
             "embedding; set tie_embeddings (tie_word_embeddings) to false in config.json if the head is its own"
         )
+    else:
+        config.tie_word_embeddings = False
+        repairs.add("head and embedding are not tied, as would be usual", "the two tensors differ", HEAD, EMBEDDING)
 
 
-def _check(
-    location: Location, config: QuambaConfig, files: TensorFiles | LiveTensors, names: dict[str, str], exact: bool
-) -> None:
+def _float_dtype(files: Tensors, repairs: Repairs) -> torch.dtype:
+    """The dtype to hold the model in: that of its matrices, the widest if they differ."""
+    kinds: dict[torch.dtype, list[str]] = {}
+    matrices = {n: e for n, e in files.entries.items() if len(e.shape) > 1 and e.dtype.is_floating_point}
+    matrices = matrices or {n: e for n, e in files.entries.items() if n == "backbone.norm_f.weight"}
+    for name, entry in matrices.items():
+        if not name.endswith((*_PRECISE, "_scale")) and ".scales." not in name:
+            dtype = torch.float32 if entry.dtype == torch.float64 else entry.dtype
+            kinds.setdefault(dtype, []).append(name)
+    if len(kinds) <= 1:
+        return next(iter(kinds), torch.float32)
+    fewest = min(kinds.values(), key=len)
+    said = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+    repairs.add(f"tensors are stored as {said}; all are held in float32", "it holds every value of the others", *fewest)
+    return torch.float32
+
+
+def _check(location: Location, config: QuambaConfig, files: Tensors, repairs: Repairs, exact: bool) -> None:
     try:
         expected = artifact.expected_tensors(config)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"{location.name}: config.json asks for an impossible model: {error}") from error
     except QuambaError as error:
         raise CheckpointError(f"{location.name}: config.json: {error}") from error
-    missing, extra = sorted(expected.keys() - names.keys()), sorted(names.keys() - expected.keys())
+    missing, extra = sorted(expected.keys() - files.entries.keys()), sorted(files.entries.keys() - expected.keys())
     if missing:
-        raise CheckpointError(f"{location.name}: {len(missing)} tensors are missing: {_some(missing)}")
-    if extra:
+        raise CheckpointError(f"{location.name}: {len(missing)} tensors are missing: {some(missing)}")
+    strangers = [name for name in extra if exact or name.startswith("backbone.layers.")]
+    if strangers:
         raise CheckpointError(
-            f"{location.name}: {len(extra)} tensors don't belong to this architecture: {_some(extra)}"
+            f"{location.name}: {len(strangers)} tensors don't belong to this architecture: {some(strangers)}"
         )
+    for name in extra:
+        repairs.add("tensors that the architecture doesn't have are ignored", "no block could read them", name)
+        del files.entries[name]
     for name, (shape, dtype) in expected.items():
-        entry = files.entries[names[name]]
+        entry = files.entries[name]
         if entry.shape != shape:
             raise CheckpointError(
                 f"{location.name}: {name} has shape {list(entry.shape)}; by config.json it should be {list(shape)}"
             )
         if (exact and entry.dtype != dtype) or entry.dtype.is_floating_point != dtype.is_floating_point:
             raise CheckpointError(f"{location.name}: {name} is stored as {entry.dtype}; expected {dtype}")
-
-
-def _some(names: list[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -28,11 +28,14 @@ _IGNORED = (
 def load_model(model: str, *, dtype: Any = "auto", device: Any = None, device_map: Any = None, **kwargs: Any):
     """See `QuambaLMHeadModel.from_pretrained`. Tensors stay memory-mapped where dtype and device allow."""
     dtype = kwargs.pop("torch_dtype", dtype)
+    checks = {key: bool(kwargs.pop(key)) for key in ("strict", "verify") if key in kwargs}
     hub = {key: kwargs.pop(key) for key in _HUB_KEYS if key in kwargs}
     kwargs = {k: v for k, v in kwargs.items() if v is not None and k not in _IGNORED and not k.startswith("_")}
     if kwargs:
         raise TypeError(f"from_pretrained doesn't know {', '.join(sorted(kwargs))}")
-    return build(open_checkpoint(model, **hub), as_dtype(dtype), as_device(device, device_map))
+    checkpoint = open_checkpoint(model, **checks, **hub)
+    checkpoint.repairs.tell()
+    return build(checkpoint, as_dtype(dtype), as_device(device, device_map))
 
 
 def build(checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: torch.device | None = None):
@@ -44,7 +47,7 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: torc
         model = QuambaLMHeadModel(config)
     model.to(dtype or config.dtype)
     wanted = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-    tensors = {name: cast(tensor, wanted[name]) for name, tensor in checkpoint.read(checkpoint.names).items()}
+    tensors = {name: cast(tensor, wanted[name]) for name, tensor in checkpoint.read(checkpoint.files.entries).items()}
     tensors |= {head: tensors[embedding] for head, embedding in model.tied.items()}
     model.load_state_dict(tensors, strict=True, assign=True)
     for head, embedding in model.tied.items():

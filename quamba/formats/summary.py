@@ -56,8 +56,7 @@ def summarize(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def tensor_bytes(checkpoint: Checkpoint) -> dict[str, int]:
     """Bytes of each tensor, by our names."""
-    entries = {name: checkpoint.files.entries[theirs] for name, theirs in checkpoint.names.items()}
-    return {name: torch.Size(entry.shape).numel() * entry.dtype.itemsize for name, entry in entries.items()}
+    return {name: entry.nbytes for name, entry in checkpoint.files.entries.items()}
 
 
 def bits(checkpoint: Checkpoint) -> dict[str, float]:

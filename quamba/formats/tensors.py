@@ -4,40 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import pickle
-import struct
-import zipfile
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from quamba.errors import CheckpointError
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-MAX_HEADER = 100_000_000  # the safetensors library's own limit
+from quamba.formats.headers import Entry, read_header
+from quamba.formats.pickled import load_bin
 
 
-@dataclass(frozen=True)
-class Entry:
-    file: Path
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+class Tensors(Protocol):
+    """Tensors behind names: files, a model in memory, or a view of either."""
+
+    entries: dict[str, Entry]
+    metadata: dict[str, dict[str, str]]
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def fingerprint(self) -> str: ...
 
 
 class TensorFiles:
@@ -52,7 +42,10 @@ class TensorFiles:
         self.entries: dict[str, Entry] = {}
         self.metadata: dict[str, dict[str, str]] = {}
         for file in self._files():
-            entries, metadata = read_header(file) if file.suffix == ".safetensors" else _bin_header(file)
+            if file.suffix == ".safetensors":
+                entries, metadata = read_header(file)
+            else:
+                entries, metadata = _entries(file, load_bin(file)), {}
             double = set(entries) & set(self.entries)
             if double:
                 raise CheckpointError(f"{folder}: tensor {min(double)} stands in two files")
@@ -63,6 +56,7 @@ class TensorFiles:
         for single, index in (
             ("model.safetensors", "model.safetensors.index.json"),
             ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+            ("consolidated.safetensors", "consolidated.safetensors.index.json"),
         ):
             if (self.folder / index).is_file():
                 return self._indexed(self.folder / index)
@@ -102,14 +96,14 @@ class TensorFiles:
                 except SafetensorError as error:
                     raise CheckpointError(f"{file} is damaged: {error}") from error
             else:
-                tensors = _load_bin(file)
+                tensors = load_bin(file)
                 found |= {name: tensors[name] for name in inside}
         return found
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return _nbytes(self.entries)
+        return sum(entry.nbytes for entry in self.entries.values())
 
     def fingerprint(self) -> str:
         """Changes when a file does: names, sizes and times of modification, without reading the files."""
@@ -122,7 +116,7 @@ class LiveTensors:
 
     def __init__(self, tensors: dict[str, Tensor]):
         self.tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-        self.entries = {name: Entry(Path(), tuple(t.shape), t.dtype) for name, t in self.tensors.items()}
+        self.entries = _entries(Path(), self.tensors)
         self.metadata: dict[str, dict[str, str]] = {}
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -130,7 +124,7 @@ class LiveTensors:
 
     @property
     def nbytes(self) -> int:
-        return _nbytes(self.entries)
+        return sum(entry.nbytes for entry in self.entries.values())
 
     def fingerprint(self) -> str:
         total = hashlib.sha256()
@@ -140,8 +134,50 @@ class LiveTensors:
         return total.hexdigest()
 
 
-def _nbytes(entries: dict[str, Entry]) -> int:
-    return sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in entries.values())
+class View:
+    """Tensors under other names, or made of others. `add` and `make` say where each comes from."""
+
+    def __init__(self, files: Tensors):
+        self.files, self.metadata = files, files.metadata
+        self.entries: dict[str, Entry] = {}
+        self.sources: dict[str, tuple[tuple[str, ...], Callable[..., Tensor] | None]] = {}
+
+    def add(self, name: str, theirs: str) -> None:
+        self.entries[name], self.sources[name] = self.files.entries[theirs], ((theirs,), None)
+
+    def make(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, function: Callable[..., Tensor], *theirs: str
+    ):
+        """`function` of the tensors called `theirs`, made anew each time it is read."""
+        file = self.files.entries[theirs[0]].file if theirs else Path()
+        self.entries[name], self.sources[name] = Entry(file, shape, dtype), (theirs, function)
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        names = list(names)
+        for name in names:
+            if name not in self.sources:
+                raise CheckpointError(f"there is no tensor {name}")
+        theirs = self.files.read(dict.fromkeys(t for name in names for t in self.sources[name][0]))
+        found: dict[str, Tensor] = {}
+        for name in names:
+            sources, function = self.sources[name]
+            if function is None:
+                found[name] = theirs[sources[0]]
+                continue
+            entry = self.entries[name]
+            found[name] = function(*(theirs[source] for source in sources)).to(entry.dtype).reshape(entry.shape)
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        return self.files.nbytes
+
+    def fingerprint(self) -> str:
+        return self.files.fingerprint()
+
+
+def _entries(file: Path, tensors: dict[str, Tensor]) -> dict[str, Entry]:
+    return {name: Entry(file, tuple(t.shape), t.dtype) for name, t in tensors.items()}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -152,72 +188,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} is not a JSON object")
     return data
-
-
-def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Parse and check a safetensors header: every tensor's bytes exist, fit its shape, and overlap no other's."""
-
-    def bad(why: str) -> CheckpointError:
-        return CheckpointError(f"{file} is damaged or no safetensors file: {why}")
-
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        if len(start) < 8:
-            raise bad("it is shorter than a header")
-        (length,) = struct.unpack("<Q", start)
-        if length > min(MAX_HEADER, size - 8):
-            raise bad(f"its header claims {length} bytes, the file has {size}")
-        try:
-            header = json.loads(stream.read(length).decode("utf-8"), object_pairs_hook=_no_duplicates)
-        except (UnicodeDecodeError, ValueError, RecursionError) as error:
-            raise bad(f"its header is not JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise bad("its header is not a JSON object")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise bad("its metadata is not a mapping of strings")
-    entries: dict[str, Entry] = {}
-    spans: list[tuple[int, int, str]] = []
-    for name, item in header.items():
-        try:
-            dtype, shape, (begin, end) = DTYPES[item["dtype"]], tuple(item["shape"]), item["data_offsets"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise bad(f"the entry of {name} can't be understood ({error!r})") from error
-        if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
-            raise bad(f"{name} has sizes that are no natural numbers")
-        if end - begin != math.prod(shape) * dtype.itemsize:
-            raise bad(f"{name} of shape {list(shape)} doesn't fit its {end - begin} bytes")
-        entries[name] = Entry(file, shape, dtype)
-        spans.append((begin, end, name))
-    expected = 0
-    for begin, end, name in sorted(spans):
-        if begin != expected:
-            raise bad(f"the bytes of {name} overlap others or leave a gap")
-        expected = end
-    if 8 + length + expected != size:
-        raise bad(f"it should have {8 + length + expected} bytes and has {size} (truncated?)")
-    return entries, metadata
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key stands twice")
-    return result
-
-
-def _load_bin(file: Path) -> dict[str, Tensor]:
-    try:
-        zipped = zipfile.is_zipfile(file)  # torch before 1.6 wrote something else, which can't be mapped
-        data = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{file} can't be read as a file of weights: {reason}") from error
-    if not isinstance(data, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in data.items()):
-        raise CheckpointError(f"{file} holds something else than a dict of tensors")
-    return data
-
-
-def _bin_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    return {name: Entry(file, tuple(t.shape), t.dtype) for name, t in _load_bin(file).items()}, {}

@@ -9,7 +9,7 @@ import quamba_kernels as kernels
 from quamba.errors import QuambaError
 from quamba.layers.sites import Output
 from quamba.plan import Rotation
-from quamba_kernels.hadamard_matrices import PALEY, factor, outer_matrix
+from quamba_kernels.hadamard_matrices import ORDERS, factor, outer_matrix
 
 
 class Hadamard(nn.Module):
@@ -18,7 +18,7 @@ class Hadamard(nn.Module):
     def __init__(self, rotation: Rotation | None):
         super().__init__()
         if rotation is not None:
-            known = rotation.matrix in ("sylvester", "identity") or PALEY.get(rotation.matrix) == rotation.m
+            known = rotation.matrix in ("sylvester", "identity") or ORDERS.get(rotation.matrix) == rotation.m
             power = rotation.n // max(rotation.m, 1)
             if not known or rotation.m * power != rotation.n or power & (power - 1):
                 raise QuambaError(

@@ -46,13 +46,15 @@ class PreciseModule(nn.Module):
         make: Callable[..., Tensor] = torch.empty,
         precise: bool = True,
     ) -> None:
-        """A small parameter that isn't multiplied as a matrix: float, or int8 codes with one scale, `<name>_scale`."""
+        """A small parameter that isn't multiplied as a matrix: float, or int8 codes with `<name>_scale`: one, or
+        (axis split) one an entry."""
         if spec.is_float:
             self.register_parameter(name, nn.Parameter(make(shape)))
             self.precise = (*self.precise, name) if precise else self.precise
         else:
             self.register_parameter(name, frozen(*shape, dtype=torch.int8))
-            self.register_parameter(f"{name}_scale", frozen(dtype=torch.float32))
+            scales = () if spec.axis == "tensor" else shape
+            self.register_parameter(f"{name}_scale", frozen(*scales, dtype=torch.float32))
             self.precise = (*self.precise, f"{name}_scale")
 
     def vector(self, name: str) -> Tensor:

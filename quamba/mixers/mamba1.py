@@ -9,6 +9,8 @@ Letters: B batch, L tokens, D hidden size, I intermediate size, N state size, R 
     y        = scan(x, dt, A, B, C, D) * silu(z)
     out      = out_proj(y Hᵀ)                     site  out_proj_in
 
+With `norm_epsilon` (FalconMamba), dt, B and C are each divided by their root mean square before they go on.
+
 Site `state` is the recurrent state [B, I, N] between two calls. Kept in float32 whatever the model's dtype: A_log, D, the
 bias of dt, every scale.
 """
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor
 
 import quamba_kernels as kernels
+from quamba.errors import QuambaError
 from quamba.layers import CausalConv1d, Hadamard, Sites
 from quamba.mixers.mixer import Mixer
 from quamba.plan import BlockPlan, Rotation
@@ -38,6 +41,7 @@ class Mamba1Args:
     time_step_rank: int = 16
     use_bias: bool = False
     use_conv_bias: bool = True
+    norm_epsilon: float | None = None
 
 
 class Mamba1(Mixer):
@@ -60,6 +64,8 @@ class Mamba1(Mixer):
 
     def __init__(self, args: Mamba1Args, hidden_size: int, plan: BlockPlan):
         super().__init__()
+        if args.norm_epsilon is not None and not plan.site("x_proj_out").is_float:
+            raise QuambaError("dt, B and C are normed in this model (norm_epsilon): site x_proj_out can't be integer")
         self.args, self.plan = args, plan
         inner, states, rank = args.intermediate_size, args.state_size, args.time_step_rank
         self.x_scale_in_weight = _folds_x(plan)
@@ -119,6 +125,8 @@ class Mamba1(Mixer):
         x_in = x.with_unit_scale() if self.x_scale_in_weight else x
         dt_B_C = self.x_proj(x_in, sites("x_proj_out"))
         low, B, C = dt_B_C.split([args.time_step_rank, args.state_size, args.state_size], dim=-1)
+        if args.norm_epsilon is not None:
+            low, B, C = (_normed(piece, args.norm_epsilon) for piece in (low, B, C))
         dt, B, C = real(self.dt_proj(low, sites("dt"), add_bias=False)), real(B), real(C)
         u_codes, u_scale = parts(x)
         z_codes, z_scale = parts(z)
@@ -153,3 +161,10 @@ class Mamba1(Mixer):
 def _folds_x(plan: BlockPlan) -> bool:
     """Whether x_proj's columns hold x's channel scales: an integer linear takes no channel scales on its input."""
     return plan.site("x").axis == "channel" and not plan.weight("x_proj").is_float
+
+
+def _normed(x: Tensor | QTensor, eps: float) -> Tensor:
+    """x over its root mean square, in x's dtype."""
+    x = real(x)
+    y = x.float()
+    return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).to(x.dtype)

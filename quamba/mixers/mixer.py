@@ -81,8 +81,10 @@ class Mixer(PreciseModule):
         """RecipeError where a combination of precisions has no arithmetic in this family."""
         for name, weight in weights.items():
             choice("weights", name, (*cls.reads, *cls.vectors))
-            if name in cls.vectors and weight not in (WeightSpec(), WeightSpec(8, "tensor")):
-                raise RecipeError(f"weights.{name}: choose bits: 16, or bits: 8 with axis: tensor")
+            split = (WeightSpec(8, "split"),) if name == "conv_bias" else ()
+            if name in cls.vectors and weight not in (WeightSpec(), WeightSpec(8, "tensor"), *split):
+                ways = "tensor or split" if split else "tensor"
+                raise RecipeError(f"weights.{name}: choose bits: 16, or bits: 8 with axis: {ways}")
         for name, spec in sites.items():
             choice("sites", name, cls.integer_sites())
             if name in cls.products and spec.axis != "tensor":

@@ -61,6 +61,7 @@ def quantize(
     if not isinstance(recipe, Recipe):
         recipe = Recipe.find(str(recipe), family=checkpoint.config.blocks[0]["mixer"])  # type: ignore[index]
     recipe.resolve(checkpoint.config)
+    checkpoint.repairs.tell()
     if isinstance(tokenizer, str) or (tokenizer is None and isinstance(model, str | Path)):
         tokenizer = load_tokenizer(
             checkpoint.location.name if checkpoint.live else str(model),

@@ -17,7 +17,9 @@ from quamba.config import QuambaConfig
 from quamba.errors import QuambaError
 from quamba.formats.artifact import ArtifactWriter, block_shard, write_atomically
 from quamba.formats.checkpoint import Checkpoint
+from quamba.formats.conversion import copy_generation_config
 from quamba.formats.load import cast
+from quamba.formats.run import RunFolder
 from quamba.formats.tokenizer import copy_tokenizer
 from quamba.mixers import MIXERS
 from quamba.model import Block
@@ -27,7 +29,6 @@ from quamba.quantizer.calibration import CalibrationSet
 from quamba.quantizer.card import model_card
 from quamba.quantizer.reorder import ChannelStatistic, reorder_mamba2, sort_and_cluster
 from quamba.quantizer.rotate import fold_norms, rotate_online, rotate_residual
-from quamba.quantizer.run import RunFolder
 from quamba.quantizer.stream import Stream
 from quamba.quantizer.vocabulary import embed, finish
 from quamba.recipe import Recipe
@@ -63,7 +64,7 @@ def run_pipeline(
         job.run()
         if tokenizer is not None:
             copy_tokenizer(tokenizer, folder.path)
-        _copy_generation_config(checkpoint, folder.path)
+        copy_generation_config(checkpoint, folder.path)
         write_atomically(folder.path / "README.md", model_card(config, plan, checkpoint).encode())
         job.writer.finish()
         folder.finish()
@@ -162,11 +163,12 @@ class _Job:
             names.append(
                 "backbone.embedding.weight" if self.checkpoint.config.tie_word_embeddings else "lm_head.weight"
             )
+        bias = self.checkpoint.read(["lm_head.bias"]) if self.config.head_bias else {}
         tensors = {name: tensor.float() for name, tensor in self.checkpoint.read(names).items()}
         norm, head = tensors.pop("backbone.norm_f.weight"), next(iter(tensors.values()), None)
         last = self.stream(self.config.num_hidden_layers)
         found = finish(norm, head, self.config.layer_norm_epsilon, self.plan, self.recipe, last.batches)
-        self._write("head.safetensors", found)
+        self._write("head.safetensors", found | bias)
 
     def _block(self, index: int) -> None:
         layers, plan, after = self.config.num_hidden_layers, self.plan.blocks[index], self.stream(index + 1)
@@ -234,13 +236,3 @@ def _provenance(checkpoint: Checkpoint, calibration: CalibrationSet) -> dict[str
         "calibration": calibration.provenance,
         "quamba": quamba.__version__,
     }
-
-
-def _copy_generation_config(checkpoint: Checkpoint, folder: Path) -> None:
-    if checkpoint.live is not None:
-        if getattr(checkpoint.live, "generation_config", None) is not None:
-            checkpoint.live.generation_config.save_pretrained(folder)
-        return
-    source = checkpoint.folder / "generation_config.json"
-    if source.is_file():
-        write_atomically(folder / "generation_config.json", source.read_bytes())

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save, save_file
 
 from quamba.errors import CheckpointError
-from quamba.formats.tensors import DTYPES, LiveTensors, TensorFiles, read_header
+from quamba.formats.headers import DTYPES, read_header
+from quamba.formats.tensors import LiveTensors, TensorFiles
 
 
 def craft(path, header, data=b"", length=None):

@@ -16,8 +16,8 @@ import torch
 from quamba import QuambaLMHeadModel
 from quamba.errors import QuambaError
 from quamba.formats import artifact
+from quamba.formats.run import MARK
 from quamba.quantizer import pipeline
-from quamba.quantizer.run import MARK
 from quamba.recipe import configs_dir
 from tests.quamba.quantizer.conftest import Stop, contents, stop_before
 
@@ -263,7 +263,7 @@ def test_a_really_full_disk(tiny, run, tmp_path, monkeypatch, small_disk):
     with pytest.raises(QuambaError, match="MB left and this run needs"):
         run(source, small_disk / "out")
     assert [p.name for p in small_disk.iterdir()] == ["filler"]
-    monkeypatch.setattr("quamba.quantizer.run.RunFolder.need", lambda self, nbytes: None)
+    monkeypatch.setattr("quamba.formats.run.RunFolder.need", lambda self, nbytes: None)
     with pytest.raises(QuambaError, match="no space left on the device"):
         run(source, small_disk / "out")
     assert not (small_disk / "out").exists()

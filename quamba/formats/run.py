@@ -1,4 +1,4 @@
-"""The folder a quantization works in: locked, resumable, and turned into the artifact by one rename."""
+"""The folder an artifact is made in: locked, resumable, and turned into the artifact by one rename."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class RunFolder:
                 raise BlockingIOError
         except OSError as error:
             os.close(self._lock)
-            raise QuambaError(f"another process is quantizing into {self.out} right now") from error
+            raise QuambaError(f"another process is quantizing or converting into {self.out} right now") from error
         try:
             self._own()
             self._repair()
