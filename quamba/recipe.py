@@ -43,6 +43,10 @@ class Override:
     weights: dict[str, WeightSpec] = field(default_factory=dict)
     sites: dict[str, SiteSpec] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise RecipeError("layers: an override must name at least one layer")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -88,6 +92,9 @@ class Recipe:
         for sites in self.shared:
             for site in sites:
                 choice("shared", site, SITES)
+        for site, spec in self.sites.items():
+            if spec.groups:
+                raise RecipeError(f"sites.{site}.groups: their number follows from the family; leave it out")
         choice("clip", self.clip, ("absmax", "search"))
         choice("propagate", self.propagate, ("quantized", "float"))
         if not 0 < self.percentile <= 1:
@@ -154,8 +161,6 @@ class Recipe:
         group_heads: bool | None = None,
     ) -> Recipe:
         """This recipe with integer vocabulary, GPTQ, or 4 x 4 scale groups by sorted channels switched on or off."""
-        from quamba.mixers import MIXERS
-
         changes: dict[str, Any] = {}
         if embedding is not None and embedding == self.embedding.is_float:
             changes["embedding"] = WeightSpec(8 if embedding else 16)
@@ -164,24 +169,46 @@ class Recipe:
             changes["lm_head"] = WeightSpec(8 if lm_head else 16)
             changes["final_norm"] = SiteSpec(8, "token") if lm_head and integer else SiteSpec()
         if gptq is not None and gptq != bool(self.gptq.weights):
-            linears = (name for name in MIXERS[self.family].reads if name != "conv1d") if gptq else ()
-            changes["gptq"] = dataclasses.replace(self.gptq, weights=(*linears, "lm_head") if gptq else ())
+            changes["gptq"] = dataclasses.replace(self.gptq, weights=self._linears() if gptq else ())
         if group_heads is not None and group_heads != self.reorder:
             changes["reorder"] = group_heads
-            sites = {name: self.sites.get(name, SiteSpec()) for name in ("x", "B", "C")}
-            if group_heads and (self.family != "mamba2" or any(site.scale != "static" for site in sites.values())):
+            sites = {name: self.sites.get(name, SiteSpec()) for name in ("x", "B", "C", "state")}
+            if group_heads and (self.family != "mamba2" or any(sites[name].is_float for name in ("x", "B", "C"))):
                 raise RecipeError("group_heads belongs to Mamba2 with static integer x, B and C (--w8a8, --w4a8)")
-            axis = "group" if group_heads else "channel"
+            axis = "group" if group_heads else "tensor"
+            if not group_heads:  # as published without sorting: one scale, clipped
+                changes["observers"] = self.observers | {"x": "percentile", "state": "percentile"}
             grouped = {n: SiteSpec(8, "static", axis) for n, site in sites.items() if site.scale == "static"}
             changes["sites"] = self.sites | grouped
         return dataclasses.replace(self, **changes)
 
+    def _linears(self) -> tuple[str, ...]:
+        """Weights that GPTQ can round."""
+        from quamba.mixers import MIXERS
+
+        return (*(name for name in MIXERS[self.family].reads if name != "conv1d"), *GatedMLP.reads, "lm_head")
+
+    def _check(self, config: QuambaConfig) -> None:
+        """RecipeError for what no block shows."""
+        for name in self.gptq.weights:
+            choice("gptq.weights", name, self._linears())
+        if self.reorder and self.family != "mamba2":
+            raise RecipeError("reorder sorts the heads of Mamba2; this family has none")
+        for sites in self.shared:
+            if any(self.sites.get(site, SiteSpec()) != SiteSpec(8, "static") for site in sites):
+                raise RecipeError(f"shared: {', '.join(sites)} must all have one static scale, axis: tensor")
+        for override in self.layers:
+            for layer in override.layers:
+                if not -len(config.blocks) <= layer < len(config.blocks):
+                    raise RecipeError(f"layers names layer {layer}; the model has {len(config.blocks)}")
+
     def resolve(self, config: QuambaConfig) -> Plan:
         """The plan for one model. RecipeError where the recipe asks for what the family or the model can't do."""
+        self._check(config)
         blocks = tuple(self._block(config, index) for index in range(len(config.blocks)))
         embedding, head = self.embedding, self.lm_head
         if self.int4_vocabulary_from and config.hidden_size >= self.int4_vocabulary_from:
-            embedding, head = (WeightSpec(16 if spec.is_float else 4) for spec in (embedding, head))
+            embedding, head = (WeightSpec(4) if spec.bits == 8 else spec for spec in (embedding, head))
         if config.tie_word_embeddings and not self.untie and embedding != head:
             raise RecipeError(
                 "this model's head is its embedding, one matrix in one format: quantize both or neither, or untie them"
@@ -199,15 +226,14 @@ class Recipe:
         args = mixer.Args(**entry["args"])
         weights, sites = dict(self.weights), dict(self.sites)
         for override in self.layers:
-            for layer in override.layers:
-                if not -len(config.blocks) <= layer < len(config.blocks):
-                    raise RecipeError(f"layers names layer {layer}; the model has {len(config.blocks)}")
-                if layer % len(config.blocks) == index:
-                    weights |= override.weights
-                    sites |= override.sites
+            if index in [layer % len(config.blocks) for layer in override.layers]:
+                weights |= override.weights
+                sites |= override.sites
         mlp_weights = {name: weights.pop(name) for name in GatedMLP.reads if name in weights}
         mlp_sites = {name: sites.pop(name) for name in GatedMLP.reads.values() if name in sites}
         mixer.check_recipe(sites, weights)
+        if not args.use_conv_bias:
+            weights.pop("conv_bias", None)
         GatedMLP.check_recipe(mlp_sites, mlp_weights)
         rotations = mixer.rotations(args)
         if entry.get("mlp") is not None:  # what a recipe says of an MLP holds where there is one

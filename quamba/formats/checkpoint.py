@@ -103,6 +103,8 @@ def checkpoint_of(model: Any) -> Checkpoint:
     name = getattr(model, "name_or_path", "") or type(model).__name__
     data = config.to_dict() if hasattr(config, "to_dict") else dataclasses.asdict(config)
     data["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+    if transformers.matches(data) and "norm_groups" not in data:
+        data |= transformers.live_facts(model)
     kind = f"the configuration of {type(model).__name__}"
     found = _identify(Location(Path(), Path(name).name), data, kind, lambda _: LiveTensors(model.state_dict()), False)
     return dataclasses.replace(found, live=model)

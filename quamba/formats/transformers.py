@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from quamba.config import QuambaConfig
@@ -19,8 +20,26 @@ _FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+BY_GROUPS = (5, 23)
+"""The version of transformers from which Mamba2's norm is taken group by group, as in mamba-ssm."""
+
+
+def _before(version: str, limit: tuple[int, int]) -> bool:
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return found is not None and (int(found[1]), int(found[2])) < limit
+
+
 def matches(config: dict[str, Any]) -> bool:
     return config.get("model_type") in _FAMILIES and "dim" not in config
+
+
+def live_facts(model: Any) -> dict[str, Any]:
+    """What only the running model knows: over how many groups of channels Mamba2's norm goes."""
+    norms = [module for name, module in model.named_modules() if name.endswith(".mixer.norm")]
+    if not norms:
+        return {}
+    width = norms[0].weight.shape[0]
+    return {"norm_groups": width // getattr(norms[0], "group_size", width)}
 
 
 def rename(name: str) -> str:
@@ -31,5 +50,12 @@ def read_config(config: dict[str, Any], shapes: Shapes, repairs: Repairs) -> Qua
     """Keys absent from the file take transformers' own defaults."""
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise CheckpointError(f"config.json has hidden_act = {config['hidden_act']}; only silu is supported")
+    version = str(config.get("transformers_version") or "")
+    if config.get("n_groups", 1) != 1 and "norm_groups" not in config and _before(version, BY_GROUPS):
+        repairs.add(
+            f"transformers {version} took the norm of all {config['n_groups']} groups of channels together, mamba-ssm and "
+            "later versions of each by itself; it is read the second way",
+            "so the model was made for mamba-ssm; if it was trained with that version, put norm_groups = 1 into config.json",
+        )
     defaults = {"pad_vocab_size_multiple": 1, "native": False} | _FAMILIES[config["model_type"]]
     return settle_architecture(config, shapes, defaults, repairs)

@@ -141,7 +141,8 @@ class Mamba2(Mixer):
     @staticmethod
     def splits(args: Mamba2Args) -> dict[str, list[int]]:
         inner, width = args.intermediate_size, args.group_width
-        return {"in_proj": [inner, inner, width, width, args.num_heads], "conv1d": [inner, width, width]}
+        conv = [inner, width, width]
+        return {"in_proj": [inner, inner, width, width, args.num_heads], "conv1d": conv, "conv_bias": conv}
 
     @staticmethod
     def groupings(args: Mamba2Args) -> dict[str, tuple[Tensor, int]]:

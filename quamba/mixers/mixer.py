@@ -68,7 +68,7 @@ class Mixer(PreciseModule):
 
     @staticmethod
     def splits(args: Any) -> dict[str, list[int]]:
-        """Weights whose outputs are several things side by side: how many rows each has."""
+        """Weights and vectors whose outputs are several things side by side: how many rows each has."""
         return {}
 
     @staticmethod

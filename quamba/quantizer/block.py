@@ -79,9 +79,8 @@ class BlockQuantizer:
         for name, place in source.vectors().items():
             if not self.plan.weight(name).is_float:
                 vector, spec = source.get_parameter(place), self.plan.weight(name)
-                by_split = spec.axis == "split"  # as the convolution's channels are
-                rows = vector.flatten()[:, None] if by_split else vector.flatten()[None]
-                found = quantize_weight(rows, spec, splits=self.splits.get("conv1d") if by_split else None)
+                rows = vector.flatten()[:, None] if spec.axis == "split" else vector.flatten()[None]
+                found = quantize_weight(rows, spec, splits=self.splits.get(name))
                 tensors[place], tensors[f"{place}_scale"] = found["weight"].view_as(vector), found["weight_scale"]
         for name, scale in self.scales.items():
             tensors[f"scales.{name}"] = scale

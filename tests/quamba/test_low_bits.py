@@ -268,7 +268,7 @@ def test_switches_change_a_preset():
     plain = base.with_switches(embedding=False, lm_head=False)
     assert plain.embedding.is_float and plain.lm_head.is_float and plain.final_norm.is_float
     assert base.with_switches() == base and base.with_switches(lm_head=True) == base
-    assert set(base.with_switches(gptq=True).gptq.weights) == {"in_proj", "out_proj", "lm_head"}
+    assert set(base.with_switches(gptq=True).gptq.weights) == {"in_proj", "out_proj", "fc1", "fc2", "lm_head"}
     grouped = base.with_switches(group_heads=True)
     assert grouped.reorder and grouped.sites["x"].axis == "group"
     assert Recipe.find("w4a16", "mamba1").with_switches(gptq=False).gptq.weights == ()

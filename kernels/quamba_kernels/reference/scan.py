@@ -32,7 +32,7 @@ def selective_scan(
     batch, length, inner = u.shape
     h = u.new_zeros(batch, inner, A.shape[1]) if state is None else state
     y = torch.empty_like(u)
-    step = max(1, min(64, CHUNK_ELEMENTS // (batch * A.numel())))
+    step = max(1, min(64, CHUNK_ELEMENTS // max(1, batch * A.numel())))
     dt_t, dtu_t, B_t = dt.transpose(0, 1), (dt * u).transpose(0, 1), B.transpose(0, 1)  # token first
     for t in range(0, length, step):
         # 1. Discretise: decay exp(dt A) and input dt B u, both [T, B, I, N].

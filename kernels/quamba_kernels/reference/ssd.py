@@ -80,11 +80,11 @@ def _chunk(u: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, h: Tensor) -> tup
 
     # 2. From the state before the chunk: y += exp(total) C h.
     from_start = total.exp().float().transpose(1, 2).unsqueeze(-1)  # [B, T, H, 1]
-    read = C @ h.reshape(batch, groups, -1, states).transpose(2, 3)  # [B, G, T, R*P]
+    read = C @ h.reshape(batch, groups, heads // groups * width, states).transpose(2, 3)  # [B, G, T, R*P]
     y = y.addcmul(from_start, read.transpose(1, 2).reshape(batch, length, heads, width))
 
     # 3. The state after it: h = exp(total[T]) h + sum over tokens of exp(total[T] - total) u Bᵀ.
     to_end = (total[..., -1:] - total).exp().float().transpose(1, 2).unsqueeze(-1)  # [B, T, H, 1]
-    inputs = (u * to_end).reshape(batch, length, groups, -1).permute(0, 2, 3, 1)  # [B, G, R*P, T]
+    inputs = (u * to_end).reshape(batch, length, groups, heads // groups * width).permute(0, 2, 3, 1)  # [B, G, R*P, T]
     added = (inputs @ B).reshape(batch, heads, width, states)
     return y, added.addcmul_(total[..., -1, None, None].exp().float(), h)
