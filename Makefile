@@ -15,7 +15,7 @@ ORACLE := MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(PIP) install -q -c
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
-demo: $(INSTALLED) ## quantize, evaluate and run the bundled mamba1-nano
+demo: $(INSTALLED) ## quantize, evaluate and run the bundled models
 	$(BIN)/python -m quamba.demo
 
 test: $(INSTALLED) ## the fast tests

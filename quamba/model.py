@@ -150,7 +150,8 @@ class QuambaLMHeadModel(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any):
-        """Load a model: a bundled name, a folder (artifact, mamba-ssm or transformers layout), a hub id or short name.
+        """Load a model: a bundled name, a folder of any layout in docs/formats.md, a hub id or short name; or a live model
+        of transformers or mamba-ssm, whose tensors are then shared.
 
         dtype: "auto" (as stored, the default) or a torch dtype for the float parts; device or device_map: where to;
         strict: refuse a checkpoint that needs repairs (otherwise they are logged once); verify: check the hashes of an
@@ -158,7 +159,7 @@ class QuambaLMHeadModel(PreTrainedModel, GenerationMixin):
         """
         from quamba.formats import load_model
 
-        return load_model(str(pretrained_model_name_or_path), **kwargs)
+        return load_model(pretrained_model_name_or_path, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Write an artifact: safetensors shards, index, config. Replaces the files of an earlier one."""

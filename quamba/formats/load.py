@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from quamba.errors import CheckpointError, QuambaError
 from quamba.formats.artifact import ArtifactWriter, block_shard
-from quamba.formats.checkpoint import Checkpoint, is_finite, open_checkpoint
+from quamba.formats.checkpoint import Checkpoint, checkpoint_of, is_finite, open_checkpoint
 
 _HUB_KEYS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 # What transformers' Auto classes and pipelines pass along and this loader has no use for.
@@ -25,7 +26,7 @@ _IGNORED = (
 )
 
 
-def load_model(model: str, *, dtype: Any = "auto", device: Any = None, device_map: Any = None, **kwargs: Any):
+def load_model(model: Any, *, dtype: Any = "auto", device: Any = None, device_map: Any = None, **kwargs: Any):
     """See `QuambaLMHeadModel.from_pretrained`. Tensors stay memory-mapped where dtype and device allow."""
     dtype = kwargs.pop("torch_dtype", dtype)
     checks = {key: bool(kwargs.pop(key)) for key in ("strict", "verify") if key in kwargs}
@@ -33,7 +34,12 @@ def load_model(model: str, *, dtype: Any = "auto", device: Any = None, device_ma
     kwargs = {k: v for k, v in kwargs.items() if v is not None and k not in _IGNORED and not k.startswith("_")}
     if kwargs:
         raise TypeError(f"from_pretrained doesn't know {', '.join(sorted(kwargs))}")
-    checkpoint = open_checkpoint(model, **checks, **hub)
+    if isinstance(model, str | os.PathLike):
+        checkpoint = open_checkpoint(str(model), **checks, **hub)
+    else:
+        checkpoint = checkpoint_of(model)
+        if checks.get("strict"):
+            checkpoint.repairs.refuse()
     checkpoint.repairs.tell()
     return build(checkpoint, as_dtype(dtype), as_device(device, device_map))
 
@@ -53,7 +59,10 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: torc
     for head, embedding in model.tied.items():
         setattr(model.lm_head, head.removeprefix("lm_head."), model.get_parameter(embedding))
     config.dtype = dtype or config.dtype
-    _generation_config(model, checkpoint.folder)
+    if checkpoint.live is None:
+        _generation_config(model, checkpoint.folder)
+    elif getattr(checkpoint.live, "generation_config", None) is not None:
+        model.generation_config = copy.deepcopy(checkpoint.live.generation_config)
     model.name_or_path = checkpoint.location.name
     model.eval()
     return model if device is None else model.to(device)

@@ -41,11 +41,13 @@ class TensorFiles:
         self.folder = folder
         self.entries: dict[str, Entry] = {}
         self.metadata: dict[str, dict[str, str]] = {}
+        self._unpickled: dict[Path, dict[str, Tensor]] = {}  # memory-mapped
         for file in self._files():
             if file.suffix == ".safetensors":
                 entries, metadata = read_header(file)
             else:
-                entries, metadata = _entries(file, load_bin(file)), {}
+                self._unpickled[file] = load_bin(file)
+                entries, metadata = _entries(file, self._unpickled[file]), {}
             double = set(entries) & set(self.entries)
             if double:
                 raise CheckpointError(f"{folder}: tensor {min(double)} stands in two files")
@@ -96,8 +98,7 @@ class TensorFiles:
                 except SafetensorError as error:
                     raise CheckpointError(f"{file} is damaged: {error}") from error
             else:
-                tensors = load_bin(file)
-                found |= {name: tensors[name] for name in inside}
+                found |= {name: self._unpickled[file][name] for name in inside}
         return found
 
     @property
