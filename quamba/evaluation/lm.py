@@ -84,7 +84,8 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Errors only from lm-eval and datasets, no bars of theirs, and no listing of the machine's packages (seconds)."""
+    """Errors only from lm-eval and datasets, no bars of theirs, no listing of the machine's packages (seconds), and no
+    question to git about the current folder (which complains on stderr where there is no repository)."""
     with contextlib.ExitStack() as stack:
         for name in _LOGGERS:
             logger = logging.getLogger(name)
@@ -94,6 +95,7 @@ def quiet() -> Iterator[None]:
         warnings.simplefilter("ignore")
         stack.enter_context(_replaced(lm_eval.api.task, "tqdm", partial(tqdm, disable=True)))
         stack.enter_context(_replaced(lm_eval.evaluator, "add_env_info", lambda results: None))
+        stack.enter_context(_replaced(lm_eval.evaluator, "get_git_commit_hash", lambda: None))
         yield
 
 

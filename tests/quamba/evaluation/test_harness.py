@@ -112,6 +112,7 @@ def test_a_quantized_model_runs(tiny_artifact, tokenizer):
 
 def test_it_is_silent_counts_and_leaves_no_cache(tokenizer, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "home")
+    monkeypatch.chdir(tmp_path)  # no git repository
     calls = []
     result = lambada(Scripted(tokenizer, TEXTS[:ROWS]), tokenizer, progress=lambda *call: calls.append(call[:2]))
     assert calls == [(i + 1, ROWS) for i in range(ROWS)]

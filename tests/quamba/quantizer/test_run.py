@@ -142,7 +142,7 @@ def test_a_second_run_into_the_same_folder_is_refused(tiny, run, tmp_path):
         [sys.executable, "-c", HOLD, str(partial)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(QuambaError, match=r"another process is quantizing into .*out right now"):
+        with pytest.raises(QuambaError, match=r"another process is quantizing or converting into .*out right now"):
             run(source, out)
         assert contents(partial) == {"run.json": b"x"}
         other.stdin.close()
