@@ -91,8 +91,8 @@ def settle_architecture(
         vocab_size=_vocabulary(read, rows, defaults),
         hidden_size=hidden,
         blocks=blocks,
-        layer_norm_epsilon=read.first(1e-5, "layer_norm_epsilon"),
-        residual_in_fp32=read.first(True, "residual_in_fp32"),
+        layer_norm_epsilon=_epsilon(read, 1e-5, "layer_norm_epsilon"),
+        residual_in_fp32=bool(read.first(True, "residual_in_fp32")),
         tie_word_embeddings=_tied(read, shapes, defaults),
         head_bias="lm_head.bias" in shapes,
         pad_token_id=config.get("pad_token_id"),
@@ -176,6 +176,13 @@ def _block(read: Readings, shapes: Shapes, prefix: str, hidden: int, defaults: M
     return {"mixer": family, "args": args, "mlp": mlp}
 
 
+def _epsilon(read: Readings, default: float, name: str) -> float:
+    value = read.first(default, name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise CheckpointError(f"{name} = {value!r} is no small number")
+    return float(value)
+
+
 def _switch(read: Readings, found: bool, tensor: str, *names: str) -> bool:
     """A tensor that is there or isn't."""
     return read.settle(found, tensor, {name: bool(value) for name, value in read.all(*names).items()})
@@ -209,7 +216,7 @@ def _mamba1(read: Readings, shapes: Shapes, at: str, hidden: int, defaults: Mapp
     rank = _shape(shapes, f"{at}dt_proj.weight", 2)[1]
     ranks = {name: value for name, value in read.all("time_step_rank", "ssm_cfg.dt_rank").items() if value != "auto"}
     read.settle(rank, f"{at}dt_proj.weight", ranks, math.ceil(hidden / 16))
-    args = {
+    args: dict[str, Any] = {
         "intermediate_size": inner,
         "state_size": states,
         "conv_kernel": _taps(read, shapes, at),
@@ -217,7 +224,7 @@ def _mamba1(read: Readings, shapes: Shapes, at: str, hidden: int, defaults: Mapp
         **_biases(read, shapes, at),
     }
     if defaults.get("normed_parameters"):
-        args["norm_epsilon"] = read.first(1e-6, "mixer_rms_eps")
+        args["norm_epsilon"] = _epsilon(read, 1e-6, "mixer_rms_eps")
     return args
 
 
@@ -249,7 +256,7 @@ def _mamba2(read: Readings, shapes: Shapes, at: str, hidden: int, defaults: Mapp
         args["rms_norm"] = _switch(read, f"{at}norm.weight" in shapes, f"{at}norm", "ssm_cfg.rmsnorm")
         args["norm_before_gate"] = read.first(False, "ssm_cfg.norm_before_gate")
     else:
-        args["norm_epsilon"] = read.first(1e-5, "layer_norm_epsilon")
+        args["norm_epsilon"] = _epsilon(read, 1e-5, "layer_norm_epsilon")
     return args
 
 

@@ -30,7 +30,8 @@ def _before(version: str, limit: tuple[int, int]) -> bool:
 
 
 def matches(config: dict[str, Any]) -> bool:
-    return config.get("model_type") in _FAMILIES and "dim" not in config
+    kind = config.get("model_type")
+    return isinstance(kind, str) and kind in _FAMILIES and "dim" not in config
 
 
 def live_facts(model: Any) -> dict[str, Any]:
