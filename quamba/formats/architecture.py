@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from quamba.config import QuambaConfig
@@ -18,6 +18,8 @@ from quamba.formats.limits import dt_limits
 from quamba.formats.repairs import Repairs
 
 Shapes = Mapping[str, tuple[int, ...]]
+TIES = ("tie_word_embeddings", "tie_embeddings")
+_BLOCK = re.compile(r"^backbone\.layers\.\d+\.")
 _TENSORS = "the tensors leave no other reading"
 
 
@@ -37,15 +39,15 @@ class Readings:
                 found[name] = place
         return found
 
-    def first(self, default: Any, *names: str) -> Any:
-        """What only the config knows: the first of `names` that it has; others that differ are leftovers."""
+    def first(self, default: Any, *names: str, meaning: Callable[[Any], Any] = lambda value: value) -> Any:
+        """What only the config knows: the first of `names` that it has; others of another `meaning` are leftovers."""
         found = self.all(*names)
         if not found:
             return default
         name, value = next(iter(found.items()))
-        for other in [other for other in found if found[other] != value]:
+        for other in [other for other in found if meaning(found[other]) != meaning(value)]:
             self.repairs.add(
-                f"config.json has both {name} = {value} and {other} = {found[other]}; the first is used",
+                f"the config has both {name} = {value} and {other} = {found[other]}; the first is used",
                 "it belongs to the naming scheme of the file's model_type",
             )
         return value
@@ -54,8 +56,12 @@ class Readings:
         """A size that the tensors give. `readings`: name in the config -> what it makes this size; `default`: what the
         layout assumes where the config says nothing."""
         wrong = {name: value for name, value in readings.items() if value != found}
+        inside = _BLOCK.sub("", tensor)  # the same in several blocks is one repair of several tensors
+        tensors = () if inside == tensor else (tensor,)
         if not readings and default is not None and default != found:
-            self.repairs.add(f"config.json doesn't say what {tensor} shows: {found}, not the usual {default}", _TENSORS)
+            self.repairs.add(
+                f"the config doesn't say what {inside} shows: {found}, not the usual {default}", _TENSORS, *tensors
+            )
         elif wrong and len(wrong) == len(readings):
             said = " and ".join(f"{name} = {value!r}" for name, value in wrong.items())
             raise CheckpointError(
@@ -64,8 +70,9 @@ class Readings:
         for name, value in wrong.items():
             right = next(other for other in readings if other not in wrong)
             self.repairs.add(
-                f"config.json has both {right} = {readings[right]} and {name} = {value}; the tensors say {found}",
+                f"the config has both {right} = {readings[right]} and {name} = {value}; the tensors say {found}",
                 _TENSORS,
+                *tensors,
             )
         return found
 
@@ -104,7 +111,7 @@ def settle_architecture(
 def _vocabulary(read: Readings, rows: int, defaults: Mapping[str, Any]) -> int:
     size = read.config.get("vocab_size", defaults.get("vocab_size"))
     if size is None:
-        read.repairs.add(f"config.json doesn't say vocab_size; the embedding has {rows} rows", _TENSORS)
+        read.repairs.add(f"the config doesn't say vocab_size; the embedding has {rows} rows", _TENSORS)
     if size is None or size == rows:
         return rows
     multiple = read.config.get("pad_vocab_size_multiple", defaults["pad_vocab_size_multiple"])
@@ -116,18 +123,22 @@ def _vocabulary(read: Readings, rows: int, defaults: Mapping[str, Any]) -> int:
                 f"config and tensors contradict each other: by the config vocab_size = {size}, by the embedding {rows}"
             )
         read.repairs.add(
-            f"the embedding has {rows} rows for a vocabulary of {size}: padded otherwise than config.json says",
+            f"the embedding has {rows} rows for a vocabulary of {size}: padded otherwise than the config says",
             "rows beyond the vocabulary belong to no token",
         )
     return rows
 
 
 def _tied(read: Readings, shapes: Shapes, defaults: Mapping[str, Any]) -> bool:
-    said = read.all("tie_word_embeddings", "tie_embeddings")
-    tied = bool(next(iter(said.values()), defaults["tied"]))
-    if tied or "lm_head.weight" in shapes:
+    """Where the config says both, true for now: whether the two tensors differ is not seen here."""
+    said = read.all(*TIES)
+    tied = any(said.values()) if said else bool(defaults["tied"])
+    if "lm_head.weight" in shapes:
         return tied
-    read.repairs.add("there is no lm_head.weight; the embedding serves as head", "a model without a head is a tied one")
+    if not (tied and all(said.values())):
+        read.repairs.add(
+            "there is no lm_head.weight; the embedding serves as head", "a model without a head is a tied one"
+        )
     return True
 
 
@@ -249,7 +260,7 @@ def _mamba2(read: Readings, shapes: Shapes, at: str, hidden: int, defaults: Mapp
         "conv_kernel": _taps(read, shapes, at),
         "chunk_size": read.first(256, "chunk_size", "ssm_cfg.chunk_size"),
         **_biases(read, shapes, at),
-        **dt_limits(read.first((0.0, math.inf), "time_step_limit", "ssm_cfg.dt_limit")),
+        **dt_limits(read.first((0.0, math.inf), "time_step_limit", "ssm_cfg.dt_limit", meaning=dt_limits)),
     }
     if defaults["native"]:
         args["D_has_hdim"] = read.settle(hdim, f"{at}D", read.all("ssm_cfg.D_has_hdim"), False)

@@ -15,6 +15,7 @@ from torch import Tensor
 from quamba.config import QuambaConfig
 from quamba.errors import CheckpointError, QuambaError
 from quamba.formats import artifact, mamba_ssm, published, transformers
+from quamba.formats.architecture import TIES
 from quamba.formats.location import Location, locate
 from quamba.formats.repairs import Repairs, some
 from quamba.formats.tensors import LiveTensors, TensorFiles, Tensors, View, read_json
@@ -27,7 +28,7 @@ _LAYOUTS: dict[str, Any] = {
     "transformers": transformers,
     "mamba_ssm": mamba_ssm,
 }
-_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.|model\.)+(?=backbone\.|lm_head\.)")
+_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.|model\.)+(?=(?:backbone|lm_head|embeddings?|layers|norm_f)\.)")
 _PRECISE = ("A_log", "mixer.D", "dt_bias", "dt_proj.bias")  # held in float32 whatever the model's dtype
 
 
@@ -152,17 +153,18 @@ def is_finite(tensor: Tensor) -> bool:
 def _our_names(layout: Any, data: dict[str, Any], files: Tensors, repairs: Repairs) -> View:
     """The files' tensors by our names: without wrappers' prefixes, and with `backbone.` where only the body was saved."""
     view = View(files)
-    bare = not any(_WRAPPERS.sub("", name).startswith("backbone.") for name in files.entries)
-    for theirs in files.entries:
-        name = f"backbone.{theirs}" if bare and not theirs.startswith("lm_head.") else _WRAPPERS.sub("", theirs)
-        if name != theirs and bare:
-            repairs.add(
-                "names lack the prefix backbone.", "only the body of the model was saved; its names are complete"
-            )
-        elif name != theirs and "dim" not in data:  # in Codestral's layout the prefix belongs there
+    plain = {theirs: _WRAPPERS.sub("", theirs) for theirs in files.entries}
+    bare = not any(name.startswith("backbone.") for name in plain.values())
+    for theirs, name in plain.items():
+        if name != theirs and "dim" not in data:  # in Codestral's layout the prefix belongs there
             prefix = theirs.removesuffix(name)
             repairs.add(
                 f"names begin with {prefix!r}, which is left out", "a wrapper's prefix; what follows is unchanged"
+            )
+        if bare and not name.startswith("lm_head."):
+            name = f"backbone.{name}"
+            repairs.add(
+                "names lack the prefix backbone.", "only the body of the model was saved; its names are complete"
             )
         ours = layout.rename(name)
         if ours in view.entries:
@@ -178,15 +180,23 @@ def _settle_head(
     if not config.tie_word_embeddings or HEAD not in files.entries or EMBEDDING not in files.entries:
         return
     both = files.read([HEAD, EMBEDDING])
-    if both[HEAD].shape == both[EMBEDDING].shape and torch.equal(both[HEAD], both[EMBEDDING]):
+    same = both[HEAD].shape == both[EMBEDDING].shape and torch.equal(both[HEAD], both[EMBEDDING])
+    said = {name: bool(data[name]) for name in TIES if data.get(name) is not None}
+    if same:
         del files.entries[HEAD]
-    elif {"tie_embeddings", "tie_word_embeddings"} & data.keys():
+    elif said and all(said.values()):
         raise CheckpointError(
-            f"{location.name}: config.json says that head and embedding are tied, but lm_head.weight differs from the "
-            "embedding; set tie_embeddings (tie_word_embeddings) to false in config.json if the head is its own"
+            f"{location.name}: the config says that head and embedding are tied, but lm_head.weight differs from the "
+            "embedding; set tie_embeddings (tie_word_embeddings) to false in it if the head is its own"
         )
     else:
         config.tie_word_embeddings = False
+    if len(set(said.values())) > 1:
+        values = " and ".join(f"{name} = {value}" for name, value in said.items())
+        repairs.add(
+            f"the config has both {values}", f"the tensors are {'equal' if same else 'different'}", HEAD, EMBEDDING
+        )
+    elif not same:
         repairs.add("head and embedding are not tied, as would be usual", "the two tensors differ", HEAD, EMBEDDING)
 
 

@@ -21,8 +21,8 @@ def matches(config: dict[str, Any]) -> bool:
 
 
 def rename(name: str) -> str:
-    """Our names are mamba-ssm's."""
-    return name
+    """Our names are mamba-ssm's; a file may have transformers' beside a config of mamba-ssm's."""
+    return "backbone.embedding.weight" if name == "backbone.embeddings.weight" else name
 
 
 def read_config(config: dict[str, Any], shapes: Shapes, repairs: Repairs) -> QuambaConfig:
@@ -33,7 +33,7 @@ def read_config(config: dict[str, Any], shapes: Shapes, repairs: Repairs) -> Qua
         raise CheckpointError(f"the model's layers are {layer}; this version reads {' and '.join(_LAYERS)}")
     for key, fine in (("attn_layer_idx", []), ("rms_norm", True)):
         if config.get(key, fine) not in (fine, None):
-            raise CheckpointError(f"config.json has {key} = {config[key]}; this version reads {key} = {fine} only")
+            raise CheckpointError(f"the config has {key} = {config[key]}; this version reads {key} = {fine} only")
     if ssm.get("activation", "swish") not in ("swish", "silu"):
         raise CheckpointError(f"ssm_cfg has activation = {ssm['activation']}; only swish (silu) is supported")
     if "dim" in config:  # Codestral: always Mamba2
