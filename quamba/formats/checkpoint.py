@@ -201,20 +201,31 @@ def _settle_head(
 
 
 def _float_dtype(files: Tensors, repairs: Repairs) -> torch.dtype:
-    """The dtype to hold the model in: that of its matrices, the widest if they differ."""
+    """The dtype to hold the model in: that of its matrices, the widest if they differ. What it rounds is told."""
     kinds: dict[torch.dtype, list[str]] = {}
-    matrices = {n: e for n, e in files.entries.items() if len(e.shape) > 1 and e.dtype.is_floating_point}
-    matrices = matrices or {n: e for n, e in files.entries.items() if n == "backbone.norm_f.weight"}
-    for name, entry in matrices.items():
-        if not name.endswith((*_PRECISE, "_scale")) and ".scales." not in name:
-            dtype = torch.float32 if entry.dtype == torch.float64 else entry.dtype
-            kinds.setdefault(dtype, []).append(name)
-    if len(kinds) <= 1:
-        return next(iter(kinds), torch.float32)
-    fewest = min(kinds.values(), key=len)
-    said = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
-    repairs.add(f"tensors are stored as {said}; all are held in float32", "it holds every value of the others", *fewest)
-    return torch.float32
+    floats = {n: e for n, e in files.entries.items() if e.dtype.is_floating_point}
+    floats = {n: e for n, e in floats.items() if not n.endswith("_scale") and ".scales." not in n}
+    free = {n: e for n, e in floats.items() if not n.endswith(_PRECISE)}
+    matrices = {n: e for n, e in free.items() if len(e.shape) > 1}
+    for name, entry in (matrices or {n: e for n, e in free.items() if n == "backbone.norm_f.weight"}).items():
+        kinds.setdefault(torch.float32 if entry.dtype == torch.float64 else entry.dtype, []).append(name)
+    dtype = next(iter(kinds), torch.float32)
+    if len(kinds) > 1:
+        fewest = min(kinds.values(), key=len)
+        said = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+        repairs.add(
+            f"tensors are stored as {said}; all are held in float32", "it holds every value of the others", *fewest
+        )
+        dtype = torch.float32
+    for name, entry in floats.items():
+        held = dtype if name in free else torch.float32
+        if entry.dtype != held and (held != torch.float32 or entry.dtype == torch.float64):
+            repairs.add(
+                f"{str(entry.dtype).removeprefix('torch.')} is rounded to {str(held).removeprefix('torch.')}",
+                "the matrices have no more digits" if held != torch.float32 else "no kernel here computes in more",
+                name,
+            )
+    return dtype
 
 
 def _check(location: Location, config: QuambaConfig, files: Tensors, repairs: Repairs, exact: bool) -> None:
