@@ -10,7 +10,7 @@ INSTALLED := .venv/.installed
 ORACLE := MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(PIP) install -q -c constraints.txt --no-deps --no-build-isolation
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint venv clean
+.PHONY: help demo test test-slow fuzz lint venv clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -23,6 +23,9 @@ test: $(INSTALLED) ## the fast tests
 
 test-slow: $(INSTALLED) ## the slow tests
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+fuzz: $(INSTALLED) ## damage checkpoints at random and load them, for about half an hour
+	$(BIN)/python -m tests.quamba.formats.fuzz --mutants 100000 --seed $${SEED:-1}
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check
