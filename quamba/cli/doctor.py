@@ -6,11 +6,11 @@ import json
 
 import click
 
-from quamba.cli.common import model_argument, size
+from quamba.cli.common import size
 
 
 @click.command("doctor")
-@model_argument
+@click.argument("model")
 @click.option("--no-run", is_flag=True, help="Read the files only.")
 @click.option("--verify", is_flag=True, help="Check the hashes of an artifact's files.")
 @click.option("--tokenizer", metavar="T", help="Tokenizer folder or hub id; the model's own by default.")
@@ -34,7 +34,7 @@ def doctor_command(
     if facts:
         click.echo(
             f"{found.model}: {facts['layout']} layout, {facts['layers']} blocks "
-            f"({', '.join(sorted({group['mixer'] for group in facts['blocks']}))}), {facts['hidden_size']} wide, "
+            f"({facts['family']}), {facts['hidden_size']} wide, "
             f"vocabulary {facts['vocab_size']}, {size(facts['bytes'])}"
         )
         click.echo(

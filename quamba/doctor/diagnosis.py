@@ -58,17 +58,19 @@ def diagnose(model: str, *, run: bool = True, verify: bool = False, tokenizer: s
 
     Never raises for what is wrong with the model; the diagnosis says it.
     """
-    from quamba.doctor.run import try_out
-    from quamba.doctor.tensors import examine
-    from quamba.formats import load_tokenizer, open_checkpoint, summarize
-    from quamba.formats.load import build
+    from quamba.formats import find, load_tokenizer, open_checkpoint, summarize
 
     found = Diagnosis(model)
     try:
+        find(model)  # before anything heavy is imported
         checkpoint = open_checkpoint(model, verify=verify)
-    except QuambaError as error:
+    except (QuambaError, OSError) as error:
         found.broken.append(Finding(str(error)))
         return found
+    from quamba.doctor.run import try_out
+    from quamba.doctor.tensors import examine
+    from quamba.formats.load import build
+
     found.model, found.repairs = checkpoint.location.name, checkpoint.repairs.to_list()
     found.facts = summarize(checkpoint)
     examine(checkpoint, found)
@@ -79,11 +81,11 @@ def diagnose(model: str, *, run: bool = True, verify: bool = False, tokenizer: s
         elif len(words) > checkpoint.config.vocab_size:
             what = f"the tokenizer has {len(words)} tokens, the model {checkpoint.config.vocab_size}: it is another model's"
             found.broken.append(Finding(what))
-    except QuambaError as error:
+    except (QuambaError, OSError) as error:
         found.broken.append(Finding(str(error)))
     if run and not found.broken:
         try:
             try_out(build(checkpoint), found)
-        except QuambaError as error:
+        except (QuambaError, OSError) as error:
             found.broken.append(Finding(str(error)))
     return found

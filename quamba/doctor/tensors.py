@@ -22,7 +22,7 @@ def examine(checkpoint: Checkpoint, found: Diagnosis) -> None:
     for name in checkpoint.files.entries:
         try:
             (tensor,) = checkpoint.files.read([name]).values()
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             found.broken.append(Finding(str(error), (name,)))
             continue
         for what in _problems(name, tensor):

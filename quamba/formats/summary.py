@@ -38,6 +38,7 @@ def summarize(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "name": checkpoint.location.name,
         "layout": checkpoint.layout,
+        "family": ", ".join(sorted({block["mixer"] for block in config.blocks})),
         "layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
         "vocab_size": config.vocab_size,
