@@ -435,6 +435,8 @@ def markdown(options: argparse.Namespace, rows: list[dict[str, Any]]) -> str:
             cells = [COLUMNS[key][1](row[full]) if full in row else row.get("missing", "") for full, key in keys]
             lines.append(f"| {row['row']} | " + " | ".join(cells) + " |")
         lines.append("")
+    if not options.ablation:
+        lines += ["bytes: ours count safetensors files, llama.cpp's its tensors without the file's metadata.", ""]
     return "\n".join(lines)
 
 
