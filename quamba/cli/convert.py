@@ -17,6 +17,7 @@ from quamba.cli.common import exists, output_option, progress_bar, size, strict_
 @click.option("--tokenizer", metavar="T", help="Tokenizer folder or hub id; the model's own by default.")
 @click.option("--overwrite", is_flag=True, help="Replace DST if it is a model of quamba's.")
 @strict_option
+@click.option("--verify", is_flag=True, help="Check the hashes of an artifact's files.")
 @output_option
 def convert_command(
     model: str,
@@ -26,6 +27,7 @@ def convert_command(
     tokenizer: str | None,
     overwrite: bool,
     strict: bool,
+    verify: bool,
     output: Path | None,
 ) -> None:
     """Write SRC, a checkpoint of any layout that loads, into the folder DST in quamba's own.
@@ -43,6 +45,7 @@ def convert_command(
             out,
             exact=exact,
             strict=strict,
+            verify=verify,
             dtype=as_dtype(dtype),
             tokenizer=tokenizer,
             overwrite=overwrite,

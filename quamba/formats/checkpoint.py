@@ -78,11 +78,13 @@ def open_checkpoint(
     location = locate(model, **hub)
     config_file = next((location.path / name for name in CONFIGS if (location.path / name).is_file()), None)
     if config_file is None:
-        unfinished = " (a quantization that was not finished?)" if location.path.name.endswith(".partial") else ""
+        unfinished = (
+            " (a quantization or conversion that was not finished?)" if location.path.name.endswith(".partial") else ""
+        )
         raise CheckpointError(f"{location.path} has no config.json, so it is no model folder{unfinished}")
     if (location.path / "run.json").is_file():
         raise CheckpointError(
-            f"{location.path} is a quantization that was not finished: run the same command to resume it"
+            f"{location.path} is a quantization or conversion that was not finished: run the same command to resume it"
         )
     data = read_json(config_file)
     found = _identify(location, data, str(config_file), TensorFiles, exact)

@@ -11,7 +11,7 @@ import torch
 import quamba
 from quamba.formats.artifact import ArtifactWriter, expected_tensors, write_atomically
 from quamba.formats.checkpoint import Checkpoint, open_checkpoint
-from quamba.formats.load import cast, shard_of
+from quamba.formats.load import cast, read_generation_config, shard_of
 from quamba.formats.run import RunFolder
 from quamba.formats.tokenizer import copy_tokenizer, load_tokenizer
 
@@ -43,6 +43,7 @@ def convert(
     *,
     exact: bool = False,
     strict: bool = False,
+    verify: bool = False,
     dtype: torch.dtype | None = None,
     tokenizer: str | None = None,
     overwrite: bool = False,
@@ -51,9 +52,10 @@ def convert(
 ) -> Checkpoint:
     """Write MODEL into `out` as an artifact, a shard at a time; returns the checkpoint it was read from.
 
-    exact, strict: as in `open_checkpoint`. dtype: of the float parts; None as stored. Raises QuambaError.
+    exact, strict, verify: as in `open_checkpoint`. dtype: of the float parts; None as stored. Raises QuambaError.
     """
-    checkpoint = open_checkpoint(model, strict=strict, exact=exact, **hub)
+    checkpoint = open_checkpoint(model, strict=strict, exact=exact, verify=verify, **hub)
+    read_generation_config(checkpoint.folder)  # a folder that wouldn't load is refused before any work
     words = load_tokenizer(model, tokenizer, required=False, **hub)
     config = type(checkpoint.config).from_dict(checkpoint.config.to_dict())
     config.dtype = dtype or checkpoint.config.dtype

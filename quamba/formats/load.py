@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quamba.errors import CheckpointError, QuambaError
 from quamba.formats.artifact import ArtifactWriter, block_shard
@@ -60,7 +60,7 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: torc
         setattr(model.lm_head, head.removeprefix("lm_head."), model.get_parameter(embedding))
     config.dtype = dtype or config.dtype
     if checkpoint.live is None:
-        _generation_config(model, checkpoint.folder)
+        model.generation_config = read_generation_config(checkpoint.folder) or model.generation_config
     elif getattr(checkpoint.live, "generation_config", None) is not None:
         model.generation_config = copy.deepcopy(checkpoint.live.generation_config)
     model.name_or_path = checkpoint.location.name
@@ -78,14 +78,16 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
-def _generation_config(model: nn.Module, folder: Path) -> None:
+def read_generation_config(folder: Path) -> Any:
+    """What the folder's generation_config.json says, None without one. Raises CheckpointError."""
     from transformers import GenerationConfig
 
-    if (folder / "generation_config.json").is_file():
-        try:
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"can't read {folder / 'generation_config.json'}: {error}") from error
+    if not (folder / "generation_config.json").is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"can't read {folder / 'generation_config.json'}: {error}") from error
 
 
 def as_dtype(dtype: Any) -> torch.dtype | None:

@@ -82,7 +82,7 @@ class RunFolder:
     def check(self) -> None:
         """Refuse an output that exists, before any work."""
         if self.out.exists() and not self.overwrite:
-            raise QuambaError(f"{self.out} exists: choose another folder (-o) or replace it with --overwrite")
+            raise QuambaError(f"{self.out} exists: choose another folder or replace it with --overwrite")
         if (self.out.exists() or self.out.is_symlink()) and not self.out.is_dir():
             raise QuambaError(f"{self.out} is no folder")
         if self.out.exists() and any(self.out.iterdir()) and not is_artifact(self.out):
@@ -93,14 +93,16 @@ class RunFolder:
             raise QuambaError(f"{self.old} is in the way: {self.out.name} moves there for a moment. Rename it first")
         parent = next(p for p in self.path.absolute().parents if p.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise QuambaError(f"can't write to {parent}: choose another folder with -o")
+            raise QuambaError(f"can't write to {parent}: choose another folder")
 
     def _own(self) -> None:
         """Refuse a `.partial` folder that no run of ours made: it would be emptied."""
         names = {entry.name for entry in self.path.iterdir()} - {"run.json.tmp"}
         if names and "run.json" not in names and not is_artifact(self.path):
             self._kept = True
-            raise QuambaError(f"{self.path} is in the way: this run would work there. Rename it, or choose another -o")
+            raise QuambaError(
+                f"{self.path} is in the way: this run would work there. Rename it, or choose another folder"
+            )
 
     def _repair(self) -> None:
         """An earlier run was killed between moving the old artifact away and moving the new one in."""
@@ -122,13 +124,13 @@ class RunFolder:
         (self.old / MARK).unlink()
         self.old.rmdir()
 
-    def need(self, nbytes: int) -> None:
+    def need(self, nbytes: int, advice: str = "") -> None:
         """QuambaError if the device has less space left than `nbytes`."""
         free = shutil.disk_usage(self.path).free
         if free < nbytes:
             raise QuambaError(
                 f"{self.path.parent} has {free / 1e6:.0f} MB left and this run needs about {nbytes / 1e6:.0f} MB: "
-                "choose another folder with -o, or fewer --samples"
+                f"choose another folder{advice}"
             )
 
     def resume(self, key: dict[str, Any]) -> int:

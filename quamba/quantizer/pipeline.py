@@ -112,7 +112,7 @@ class _Job:
         layers = self.config.num_hidden_layers
         finished = self.folder.resume(self.key)
         if finished < 0:
-            self.folder.need(2 * self.stream(0).nbytes + self._model_bytes())
+            self.folder.need(2 * self.stream(0).nbytes + self._model_bytes(), ", or fewer --samples")
             self._embedding()
             self.folder.mark(self.key, 0)
             finished = 0
