@@ -436,7 +436,11 @@ def markdown(options: argparse.Namespace, rows: list[dict[str, Any]]) -> str:
             lines.append(f"| {row['row']} | " + " | ".join(cells) + " |")
         lines.append("")
     if not options.ablation:
-        lines += ["bytes: ours count safetensors files, llama.cpp's its tensors without the file's metadata.", ""]
+        lines += [
+            "bytes: ours and the published recipes' count our safetensors files (a scale that holds for a part of the rows",
+            "is stored once a row there), llama.cpp's its tensors without the file's metadata. Empty cells: not measured.",
+            "",
+        ]
     return "\n".join(lines)
 
 
