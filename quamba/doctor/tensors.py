@@ -1,4 +1,4 @@
-"""Values that no healthy checkpoint has, found one block at a time."""
+"""Values that no healthy checkpoint has, found one tensor at a time."""
 
 from __future__ import annotations
 
@@ -19,28 +19,15 @@ SATURATED = 0.05
 def examine(checkpoint: Checkpoint, found: Diagnosis) -> None:
     """Add what is wrong with the values of a checkpoint's tensors; the same in several tensors is one finding."""
     problems: dict[str, list[str]] = {}
-    for name, tensor in _tensors(checkpoint, found):
+    for name in checkpoint.files.entries:
+        try:
+            (tensor,) = checkpoint.files.read([name]).values()
+        except (CheckpointError, OSError) as error:
+            found.broken.append(Finding(str(error), (name,)))
+            continue
         for what in _problems(name, tensor):
             problems.setdefault(what, []).append(name)
     found.broken += [Finding(what, tuple(names)) for what, names in problems.items()]
-
-
-def _tensors(checkpoint: Checkpoint, found: Diagnosis) -> Iterator[tuple[str, Tensor]]:
-    """All that can be read, a block at a time: a .bin file is opened anew for each reading."""
-    blocks: dict[str, list[str]] = {}
-    for name in checkpoint.files.entries:
-        blocks.setdefault(".".join(name.split(".")[:3]), []).append(name)
-    for names in blocks.values():
-        try:
-            yield from checkpoint.files.read(names).items()
-            continue
-        except (CheckpointError, OSError):
-            pass  # which of them it is, the next lines find
-        for name in names:
-            try:
-                yield from checkpoint.files.read([name]).items()
-            except (CheckpointError, OSError) as error:
-                found.broken.append(Finding(str(error), (name,)))
 
 
 def _problems(name: str, tensor: Tensor) -> Iterator[str]:
