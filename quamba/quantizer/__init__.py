@@ -48,7 +48,7 @@ def quantize(
     same versions and number of threads, give identical files.
     """
     from quamba.formats import checkpoint_of, load_model, load_tokenizer, open_checkpoint
-    from quamba.formats.load import as_device, as_dtype
+    from quamba.formats.load import as_device, as_dtype, read_generation_config
 
     for name, value, least in (("samples", samples, 1), ("seq_len", seq_len, 2)):
         if value is not None and value < least:
@@ -62,6 +62,8 @@ def quantize(
         recipe = Recipe.find(str(recipe), family=checkpoint.config.blocks[0]["mixer"])  # type: ignore[index]
     recipe.resolve(checkpoint.config)
     checkpoint.repairs.tell()
+    if checkpoint.live is None:
+        read_generation_config(checkpoint.folder)  # a result that wouldn't load is refused before any work
     if isinstance(tokenizer, str) or (tokenizer is None and isinstance(model, str | Path)):
         tokenizer = load_tokenizer(
             checkpoint.location.name if checkpoint.live else str(model),

@@ -197,6 +197,13 @@ def test_a_bad_source_leaves_nothing(work, source, damage, why):
     assert list(work.iterdir()) == []
 
 
+def test_a_broken_generation_config_is_refused_before_quantizing(work, source):
+    (source / "generation_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"can't read .*source/generation_config\.json"):
+        quamba.quantize(str(source), "w8a8", out="ours", calibration=IDS)
+    assert list(work.iterdir()) == []
+
+
 def test_nan_in_the_last_shard_leaves_nothing(tmp_path, work):
     config, tensors = files_of("mamba", "transformers")
     tensors["backbone.norm_f.weight"][3] = torch.nan

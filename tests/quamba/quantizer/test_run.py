@@ -26,7 +26,7 @@ def test_an_existing_output_is_refused_and_replaced_on_demand(tiny, run, tmp_pat
     source, out = tiny(), tmp_path / "out"
     run(source, out)
     before = contents(out)
-    with pytest.raises(QuambaError, match=r"out exists: choose another folder \(-o\) or replace it with --overwrite"):
+    with pytest.raises(QuambaError, match=r"out exists: choose another folder or replace it with --overwrite"):
         run(source, out, calibration=torch.zeros(1, 4, dtype=torch.int64))
     assert contents(out) == before
     run(source, out, calibration=torch.arange(8).view(1, 8), overwrite=True)
@@ -263,7 +263,7 @@ def test_a_really_full_disk(tiny, run, tmp_path, monkeypatch, small_disk):
     with pytest.raises(QuambaError, match="MB left and this run needs"):
         run(source, small_disk / "out")
     assert [p.name for p in small_disk.iterdir()] == ["filler"]
-    monkeypatch.setattr("quamba.formats.run.RunFolder.need", lambda self, nbytes: None)
+    monkeypatch.setattr("quamba.formats.run.RunFolder.need", lambda self, nbytes, advice="": None)
     with pytest.raises(QuambaError, match="no space left on the device"):
         run(source, small_disk / "out")
     assert not (small_disk / "out").exists()
