@@ -135,6 +135,9 @@ def _tied(read: Readings, shapes: Shapes, defaults: Mapping[str, Any]) -> bool:
     tied = any(said.values()) if said else bool(defaults["tied"])
     if "lm_head.weight" in shapes:
         return tied
+    if said and not tied:
+        names = " and ".join(f"{name} = {value}" for name, value in said.items())
+        raise CheckpointError(f"tensors are missing: lm_head.weight (by the config, {names}, the head is no embedding)")
     if not (tied and all(said.values())):
         read.repairs.add(
             "there is no lm_head.weight; the embedding serves as head", "a model without a head is a tied one"

@@ -41,7 +41,7 @@ class TensorFiles:
         self.folder = folder
         self.entries: dict[str, Entry] = {}
         self.metadata: dict[str, dict[str, str]] = {}
-        self._unpickled: dict[Path, dict[str, Tensor]] = {}  # memory-mapped
+        self._unpickled: dict[Path, dict[str, Tensor]] = {}  # memory-mapped, unless of a torch before 1.6
         for file in self._files():
             if file.suffix == ".safetensors":
                 entries, metadata = read_header(file)

@@ -157,6 +157,7 @@ CASES = {
         lambda c, t: t.update({EMBEDDING: torch.ones(64, 32)}),
         "both stand for backbone.embedding.weight",
     ),
+    "head absent though untied": ("mamba", "transformers", put(tie_word_embeddings=False), "missing: lm_head.weight"),
     "another activation": ("mamba", "transformers", put(hidden_act="gelu"), "hidden_act = gelu; only silu"),
     "another activation, mamba-ssm": ("mamba2", "mamba_ssm", ssm(activation="relu"), "activation = relu; only swish"),
     "limits of dt": ("mamba2", "transformers", put(time_step_limit=[1, 0]), "limited to between 1.0 and 0.0"),

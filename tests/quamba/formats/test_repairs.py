@@ -277,14 +277,6 @@ CASES = {
         None,
     ),
     "groups not said": ("mamba2", "transformers", {"n_groups": 2}, drop("n_groups"), ["doesn't say what .*: 2"], None),
-    "head absent though untied": (
-        "mamba",
-        "transformers",
-        {},
-        put(tie_word_embeddings=False),
-        ["there is no lm_head.weight; the embedding serves as head"],
-        None,
-    ),
     "head of its own, not said": (
         "mamba",
         "mamba_ssm",
