@@ -35,12 +35,16 @@ def _print(results: dict[str, Any]) -> None:
         f"{size(results['bytes'])} ({results['layout']} layout, float parts {results['dtype']})"
     )
     if results["recipe"]:
-        calibration = results["provenance"].get("calibration", {})
-        click.echo(f"recipe {results['recipe']}, from {results['provenance'].get('base_model')}")
-        click.echo(
-            f"static scales from {calibration.get('samples')} windows of {calibration.get('seq_len')} tokens, "
-            f"text {calibration.get('source')}, seed {calibration.get('seed')}"
-        )
+        provenance = results["provenance"]
+        calibration, base = provenance.get("calibration"), provenance.get("base_model")
+        click.echo(f"recipe {results['recipe']}" + (f", from {base}" if base else ""))
+        if calibration:
+            click.echo(
+                f"static scales from {calibration.get('samples')} windows of {calibration.get('seq_len')} tokens, "
+                f"text {calibration.get('source')}, seed {calibration.get('seed')}"
+            )
+        else:
+            click.echo("static scales as the imported file had them; it doesn't say from which text")
     if results["hadamard"]:
         click.echo(f"residual stream turned by Hadamard {results['hadamard']['n']} ({results['hadamard']['matrix']})")
     click.echo(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from quamba.errors import DataError, RecipeError
+from quamba.errors import DataError, QuambaError, RecipeError
 from quamba.quantizer.calibration import CalibrationSet, calibration_set, given_ids
 from quamba.quantizer.pipeline import Progress, run_pipeline
 from quamba.recipe import Recipe
@@ -58,6 +58,8 @@ def quantize(
     if not isinstance(calibration, str | Path | Tensor):
         raise DataError(f"calibration must be a name, a file or token ids, not {type(calibration).__name__}")
     checkpoint = open_checkpoint(str(model)) if isinstance(model, str | Path) else checkpoint_of(model)
+    if checkpoint.quantized:
+        raise QuambaError(f"{checkpoint.location.name} is quantized already; give the float model")
     if not isinstance(recipe, Recipe):
         recipe = Recipe.find(str(recipe), family=checkpoint.config.blocks[0]["mixer"])  # type: ignore[index]
     recipe.resolve(checkpoint.config)

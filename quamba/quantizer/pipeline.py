@@ -14,7 +14,6 @@ from torch import Tensor
 import quamba
 import quamba_kernels as kernels
 from quamba.config import QuambaConfig
-from quamba.errors import QuambaError
 from quamba.formats.artifact import ArtifactWriter, block_shard, write_atomically
 from quamba.formats.checkpoint import Checkpoint
 from quamba.formats.conversion import copy_generation_config
@@ -53,8 +52,6 @@ def run_pipeline(
     progress: Progress | None = None,
 ) -> None:
     """Quantize `checkpoint` into the folder `out`. Raises QuambaError; an interrupted run resumes when called again."""
-    if checkpoint.quantized:
-        raise QuambaError(f"{checkpoint.location.name} is quantized already; give the float model")
     plan = dataclasses.replace(recipe.resolve(checkpoint.config), provenance=_provenance(checkpoint, calibration))
     config = checkpoint.config.with_plan(plan)
     config.tie_word_embeddings = config.tie_word_embeddings and not recipe.untie

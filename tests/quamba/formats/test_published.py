@@ -6,9 +6,11 @@ import json
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 import quamba_kernels as kernels
 from quamba import QuambaLMHeadModel
+from quamba.cli import main
 from quamba.errors import CheckpointError
 from quamba.formats import convert, open_checkpoint
 from tests.quamba.formats import published_forward
@@ -293,3 +295,23 @@ def test_the_foreign_rotations(hidden, order):
     x = torch.randn(3, n)
     torch.testing.assert_close(Hadamard(found).turn(x).double(), x.double() @ dense.T, rtol=1e-5, atol=1e-5)
     assert published_forward.hadamard(64, None).shape == (64, 64)
+
+
+@pytest.mark.parametrize("family", ["mamba1", "mamba2"])
+def test_the_command_line_takes_them(tmp_path, monkeypatch, family):
+    """Their int8 state is rounded at every call: no fault to the doctor."""
+    monkeypatch.chdir(tmp_path)
+    save(published(family, "W4A8", embedding=4, head="W4A8"), tmp_path / "theirs")
+
+    def run(code, *arguments):
+        done = CliRunner().invoke(main, list(arguments))
+        assert done.exit_code == code, done.output
+        return done.output
+
+    told = run(0, "doctor", "theirs")
+    assert "published quamba layout" in told and "rounded after every call" in told and "theirs: healthy" in told
+    told = run(0, "inspect", "theirs")
+    assert "int4 per 128" in told and "None" not in told
+    assert "is quantized already" in run(1, "quantize", "theirs", "--w8a8")
+    assert "theirs (published quamba layout" in run(0, "convert", "theirs", "ours")
+    assert "ours: healthy" in run(0, "doctor", "ours", "--verify")
