@@ -20,8 +20,11 @@ def inspect_command(model: str, output: Path | None) -> None:
     """
     from quamba.formats import open_checkpoint, summarize
 
-    results = summarize(open_checkpoint(model))
+    checkpoint = open_checkpoint(model)
+    results = summarize(checkpoint) | {"repairs": checkpoint.repairs.to_list()}
     _print(results)
+    if checkpoint.repairs.found:
+        click.echo(f"loading it repairs:\n{checkpoint.repairs}")
     write_json(output, results)
 
 

@@ -17,6 +17,7 @@ from quamba.errors import CheckpointError
 from quamba.formats import ArtifactWriter, load_tokenizer, open_checkpoint
 from tests.conftest import copy_tokenizer
 from tests.quamba.formats.foreign import IDS, files_of, truth, write
+from tests.quamba.formats.published import published, save
 from tests.quamba.formats.test_repairs import prefixed
 
 GENERATION = {"max_new_tokens": 7, "repetition_penalty": 1.25, "eos_token_id": 3}
@@ -332,3 +333,14 @@ def test_help_and_mistakes(work, source):
     assert call("convert", source).exit_code == 2
     assert "no such folder: ./absent" in bad("./absent", "ours")
     assert list(work.iterdir()) == []
+
+
+def test_inspect_tells_the_repairs(tmp_path):
+    made = published("mamba2", "W8A8")
+    made.state.pop("backbone.layers.1.norm.output_scale")
+    save(made, tmp_path / "theirs")
+    done = CliRunner().invoke(main, ["inspect", str(tmp_path / "theirs"), "--output", str(tmp_path / "facts.json")])
+    assert done.exit_code == 0 and "loading it repairs:" in done.output and "every token gets its own" in done.output
+    assert json.loads((tmp_path / "facts.json").read_text())["repairs"][0]["tensors"] == [
+        "backbone.layers.1.norm.output_scale"
+    ]
