@@ -41,16 +41,18 @@ def _unpermute(x: Tensor, order: Tensor) -> Tensor:
 
 
 def _nibbles(words: Tensor) -> Tensor:
-    """int32 `[..., W]` to codes 0 .. 15, `[..., 8 W]`, lowest nibble first."""
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
-    return (words.unsqueeze(-1) >> shifts & 15).flatten(-2)
+    """int32 `[..., W]` to codes 0 .. 15, int8 `[..., 8 W]`, lowest nibble first; one at a time, as heads are large."""
+    found = torch.empty(*words.shape, 8, dtype=torch.int8)
+    for nibble in range(8):
+        found[..., nibble] = (words >> 4 * nibble) & 15
+    return found.flatten(-2)
 
 
 def unpack(words: Tensor, precision: str) -> Tensor:
     """int32 `[K/16, 2N]` of precision W4A8 or W4A16 to codes int8 `[N, K]` in [-8, 7]."""
     inputs, outputs = words.shape[0] * 16, words.shape[1] // 2
     codes = _unpermute(_nibbles(words), _tile(precision)).view(inputs // 16, outputs // 16, 16, 16)
-    return (codes.permute(0, 2, 1, 3).reshape(inputs, outputs).T - 8).to(torch.int8).contiguous()
+    return (codes.permute(0, 2, 1, 3).reshape(inputs, outputs).T - 8).contiguous()
 
 
 def group_scales(scales: Tensor, outputs: int) -> Tensor:
@@ -77,4 +79,4 @@ def int8_codes(words: Tensor, scales: Tensor, outputs: int) -> Tensor:
 def embedding_codes(words: Tensor) -> Tensor:
     """int32 `[V, D/8]` of a 4-bit embedding to codes int8 `[V, D]`: nibble j of a word is its column NIBBLES[j]."""
     nibbles = _nibbles(words).view(words.shape[0], -1, 8)
-    return (nibbles[..., torch.argsort(torch.tensor(NIBBLES))].flatten(1) - 8).to(torch.int8)
+    return nibbles[..., torch.argsort(torch.tensor(NIBBLES))].flatten(1) - 8
