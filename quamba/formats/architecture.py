@@ -52,9 +52,11 @@ class Readings:
             )
         return value
 
-    def settle(self, found: Any, tensor: str, readings: Mapping[str, Any], default: Any = None) -> Any:
+    def settle(
+        self, found: Any, tensor: str, readings: Mapping[str, Any], default: Any = None, shown: str | None = None
+    ) -> Any:
         """A size that the tensors give. `readings`: name in the config -> what it makes this size; `default`: what the
-        layout assumes where the config says nothing."""
+        layout assumes where the config says nothing; `shown`: how a refusal tells what was found."""
         wrong = {name: value for name, value in readings.items() if value != found}
         inside = _BLOCK.sub("", tensor)  # the same in several blocks is one repair of several tensors
         tensors = () if inside == tensor else (tensor,)
@@ -65,7 +67,7 @@ class Readings:
         elif wrong and len(wrong) == len(readings):
             said = " and ".join(f"{name} = {value!r}" for name, value in wrong.items())
             raise CheckpointError(
-                f"config and tensors contradict each other: by the config {said}, by {tensor} {found!r}"
+                f"config and tensors contradict each other: by the config {said}, {shown or f'by {tensor} {found!r}'}"
             )
         for name, value in wrong.items():
             right = next(other for other in readings if other not in wrong)
@@ -197,9 +199,11 @@ def _epsilon(read: Readings, default: float, name: str) -> float:
     return float(value)
 
 
-def _switch(read: Readings, found: bool, tensor: str, *names: str) -> bool:
-    """A tensor that is there or isn't."""
-    return read.settle(found, tensor, {name: bool(value) for name, value in read.all(*names).items()})
+def _switch(read: Readings, shapes: Shapes, tensor: str, *names: str) -> bool:
+    """Whether a tensor is there."""
+    found = tensor in shapes
+    readings = {name: bool(value) for name, value in read.all(*names).items()}
+    return read.settle(found, tensor, readings, shown=f"but {tensor} is {'there' if found else 'missing'}")
 
 
 def _taps(read: Readings, shapes: Shapes, at: str) -> int:
@@ -209,10 +213,8 @@ def _taps(read: Readings, shapes: Shapes, at: str) -> int:
 
 def _biases(read: Readings, shapes: Shapes, at: str) -> dict[str, bool]:
     return {
-        "use_bias": _switch(read, f"{at}in_proj.bias" in shapes, f"{at}in_proj", "use_bias", "ssm_cfg.bias"),
-        "use_conv_bias": _switch(
-            read, f"{at}conv1d.bias" in shapes, f"{at}conv1d", "use_conv_bias", "ssm_cfg.conv_bias"
-        ),
+        "use_bias": _switch(read, shapes, f"{at}in_proj.bias", "use_bias", "ssm_cfg.bias"),
+        "use_conv_bias": _switch(read, shapes, f"{at}conv1d.bias", "use_conv_bias", "ssm_cfg.conv_bias"),
     }
 
 
@@ -267,7 +269,7 @@ def _mamba2(read: Readings, shapes: Shapes, at: str, hidden: int, defaults: Mapp
     }
     if defaults["native"]:
         args["D_has_hdim"] = read.settle(hdim, f"{at}D", read.all("ssm_cfg.D_has_hdim"), False)
-        args["rms_norm"] = _switch(read, f"{at}norm.weight" in shapes, f"{at}norm", "ssm_cfg.rmsnorm")
+        args["rms_norm"] = _switch(read, shapes, f"{at}norm.weight", "ssm_cfg.rmsnorm")
         args["norm_before_gate"] = read.first(False, "ssm_cfg.norm_before_gate")
     else:
         args["norm_epsilon"] = _epsilon(read, 1e-5, "layer_norm_epsilon")

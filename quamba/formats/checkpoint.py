@@ -17,7 +17,7 @@ from quamba.errors import CheckpointError, QuambaError
 from quamba.formats import artifact, mamba_ssm, published, transformers
 from quamba.formats.architecture import TIES
 from quamba.formats.location import Location, locate
-from quamba.formats.repairs import Repairs, some
+from quamba.formats.repairs import Repairs, count, some
 from quamba.formats.tensors import LiveTensors, TensorFiles, Tensors, View, read_json
 
 HEAD, EMBEDDING = "lm_head.weight", "backbone.embedding.weight"
@@ -170,9 +170,20 @@ def _our_names(layout: Any, data: dict[str, Any], files: Tensors, repairs: Repai
             )
         ours = layout.rename(name)
         if ours in view.entries:
-            raise CheckpointError(f"{theirs} and {view.sources[ours][0][0]} both stand for {ours}")
+            other = view.sources[ours][0][0]
+            if not _equal(files, theirs, other):
+                raise CheckpointError(f"{theirs} and {other} both stand for {ours}, and they differ")
+            repairs.add(f"{theirs} and {other} both stand for {ours}; one is left out", "they are equal", ours)
+            continue
         view.add(ours, theirs)
     return view
+
+
+def _equal(files: Tensors, a: str, b: str) -> bool:
+    if files.entries[a].shape != files.entries[b].shape:
+        return False
+    both = files.read([a, b])
+    return torch.equal(both[a], both[b])
 
 
 def _settle_head(
@@ -181,8 +192,7 @@ def _settle_head(
     """A tied head's copy is dropped; one that differs from the embedding is a head of its own or a contradiction."""
     if not config.tie_word_embeddings or HEAD not in files.entries or EMBEDDING not in files.entries:
         return
-    both = files.read([HEAD, EMBEDDING])
-    same = both[HEAD].shape == both[EMBEDDING].shape and torch.equal(both[HEAD], both[EMBEDDING])
+    same = _equal(files, HEAD, EMBEDDING)
     said = {name: bool(data[name]) for name in TIES if data.get(name) is not None}
     if same:
         del files.entries[HEAD]
@@ -239,11 +249,11 @@ def _check(location: Location, config: QuambaConfig, files: Tensors, repairs: Re
         raise CheckpointError(f"{location.name}: config.json: {error}") from error
     missing, extra = sorted(expected.keys() - files.entries.keys()), sorted(files.entries.keys() - expected.keys())
     if missing:
-        raise CheckpointError(f"{location.name}: {len(missing)} tensors are missing: {some(missing)}")
+        raise CheckpointError(f"{location.name}: {count(len(missing), 'tensor')} missing: {some(missing)}")
     strangers = [name for name in extra if exact or name.startswith("backbone.layers.")]
     if strangers:
         raise CheckpointError(
-            f"{location.name}: {len(strangers)} tensors don't belong to this architecture: {some(strangers)}"
+            f"{location.name}: {count(len(strangers), 'tensor')} not of this architecture: {some(strangers)}"
         )
     for name in extra:
         repairs.add("tensors that the architecture doesn't have are ignored", "no block could read them", name)

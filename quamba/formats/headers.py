@@ -48,6 +48,7 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)
+        refuse_pointer(file, start)
         if len(start) < 8:
             raise bad("it is shorter than a header")
         (length,) = struct.unpack("<Q", start)
@@ -55,7 +56,7 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             raise bad(f"its header claims {length} bytes, the file has {size}")
         try:
             header = json.loads(stream.read(length).decode("utf-8"), object_pairs_hook=_no_duplicates)
-        except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        except (ValueError, RecursionError, MemoryError) as error:
             raise bad(f"its header is not JSON ({error})") from error
     if not isinstance(header, dict):
         raise bad("its header is not a JSON object")
@@ -65,6 +66,7 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     entries: dict[str, Entry] = {}
     spans: list[tuple[int, int, str]] = []
     for name, item in header.items():
+        check_name(file, name)
         try:
             dtype, shape, (begin, end) = DTYPES[item["dtype"]], tuple(item["shape"]), item["data_offsets"]
         except (KeyError, TypeError, ValueError) as error:
@@ -83,6 +85,19 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     if 8 + length + expected != size:
         raise bad(f"it should have {8 + length + expected} bytes and has {size} (truncated?)")
     return entries, metadata
+
+
+def refuse_pointer(file: Path, start: bytes) -> None:
+    """`start`: the file's first bytes."""
+    if start.startswith(b"version "):
+        raise CheckpointError(f"{file} is a git-lfs pointer, not the weights: fetch them with 'git lfs pull'")
+
+
+def check_name(file: Path, name: str) -> str:
+    """`name`, if it can stand in a message and in another file."""
+    if len(name) > 500 or not name.isprintable():
+        raise CheckpointError(f"{file} has a tensor with an impossible name: {name[:50]!a}")
+    return name
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

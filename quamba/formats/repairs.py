@@ -55,6 +55,11 @@ class Repairs:
         return "\n".join(f"  - {repair}" for repair in self.found)
 
 
+def count(number: int, noun: str) -> str:
+    """`1 tensor is`, `3 tensors are`."""
+    return f"1 {noun} is" if number == 1 else f"{number} {noun}s are"
+
+
 def some(names: tuple[str, ...] | list[str], most: int = 3) -> str:
     """The first few names and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

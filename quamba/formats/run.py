@@ -33,6 +33,7 @@ class RunFolder:
         self.old = out.with_name(out.name + ".old")
         self._made: list[Path] = []
         self._kept = False  # the folder isn't ours
+        self._resumable = False
         self._lock: int | None = None
 
     def __enter__(self) -> RunFolder:
@@ -67,8 +68,8 @@ class RunFolder:
             os.close(self._lock)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise QuambaError(
-                f"no space left on the device of {self.path}: free some and run the same command again, "
-                "it resumes after the last finished block"
+                f"no space left on the device of {self.path}: free some and run the same command again"
+                f"{', it resumes after the last finished block' if self._resumable else ''}"
             ) from error
 
     def _remove(self) -> None:
@@ -138,6 +139,7 @@ class RunFolder:
         try:
             state = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
             if state["key"] == key and state["done"] >= 0:
+                self._resumable = True
                 return int(state["done"])
         except (OSError, ValueError, KeyError, TypeError):
             pass
@@ -148,6 +150,7 @@ class RunFolder:
 
     def mark(self, key: dict[str, Any], done: int) -> None:
         """Record that the shards and the stream up to block `done` are on disk."""
+        self._resumable |= done >= 0
         write_atomically(self.path / "run.json", json.dumps({"key": key, "done": done}).encode())
 
     def finish(self) -> None:

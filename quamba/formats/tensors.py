@@ -184,7 +184,7 @@ def _entries(file: Path, tensors: dict[str, Tensor]) -> dict[str, Entry]:
 def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
         raise CheckpointError(f"can't read {path}: {error}") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} is not a JSON object")

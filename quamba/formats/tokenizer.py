@@ -16,8 +16,9 @@ STATE_SPACES_TOKENIZER = "EleutherAI/gpt-neox-20b"
 def load_tokenizer(model: str, tokenizer: str | None = None, required: bool = True, **hub: Any) -> Any:
     """The tokenizer of MODEL (or the one named by `tokenizer`), padding on the left. Raises DataError.
 
-    None if the model has none, none is named, and none is `required`.
+    None if the model has none or its family's is out of reach, none is named, and none is `required`.
     """
+    named = tokenizer is not None
     if tokenizer is None:
         location = locate(model, **hub)
         if _has_tokenizer(location.path):
@@ -32,6 +33,8 @@ def load_tokenizer(model: str, tokenizer: str | None = None, required: bool = Tr
     try:
         folder = locate(tokenizer, allow=TOKENIZER_FILES, **hub).path
     except CheckpointError as error:
+        if not (required or named):
+            return None
         raise DataError(f"no tokenizer for {model}: {error}") from error
     if not _has_tokenizer(folder):
         raise DataError(f"{folder} holds no tokenizer (tokenizer.json)")

@@ -65,7 +65,10 @@ class Mamba1(Mixer):
     def __init__(self, args: Mamba1Args, hidden_size: int, plan: BlockPlan):
         super().__init__()
         if args.norm_epsilon is not None and not plan.site("x_proj_out").is_float:
-            raise QuambaError("dt, B and C are normed in this model (norm_epsilon): site x_proj_out can't be integer")
+            raise QuambaError(
+                "dt, B and C are normed in this model (norm_epsilon, as FalconMamba): its site x_proj_out can't be "
+                "integer, as the recipe has it (quamba1-w8a8 does; w8a8 doesn't)"
+            )
         self.args, self.plan = args, plan
         inner, states, rank = args.intermediate_size, args.state_size, args.time_step_rank
         self.x_scale_in_weight = _folds_x(plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from safetensors.torch import load_file
 import quamba
 from quamba import QuambaLMHeadModel
 from quamba.cli import main
-from quamba.errors import CheckpointError
+from quamba.errors import CheckpointError, QuambaError
 from quamba.formats import ArtifactWriter, load_tokenizer, open_checkpoint
+from quamba.formats.location import Location
 from tests.conftest import copy_tokenizer
 from tests.quamba.formats.foreign import IDS, files_of, truth, write
 from tests.quamba.formats.published import published, save
@@ -344,3 +346,32 @@ def test_inspect_tells_the_repairs(tmp_path):
     assert json.loads((tmp_path / "facts.json").read_text())["repairs"][0]["tensors"] == [
         "backbone.layers.1.norm.output_scale"
     ]
+
+
+def test_a_full_disk_doesnt_promise_what_convert_does_not_do(source, work, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(ArtifactWriter, "write", full)
+    error = bad(source, "out")
+    assert "no space left on the device" in error
+    assert error.endswith("run the same command again")
+    monkeypatch.undo()
+    good(source, "out")
+
+
+def test_a_tokenizer_that_nobody_named_and_nobody_can_fetch(monkeypatch):
+    """state-spaces' repositories have none of their own; without network a model of theirs still converts."""
+    from quamba.formats import tokenizer
+
+    def locate(name, **_):
+        if name == tokenizer.STATE_SPACES_TOKENIZER:
+            raise CheckpointError("no network")
+        return Location(Path("nowhere"), "mamba-130m", "state-spaces/mamba-130m")
+
+    monkeypatch.setattr(tokenizer, "locate", locate)
+    assert load_tokenizer("state-spaces/mamba-130m", required=False) is None
+    with pytest.raises(QuambaError, match="no tokenizer for state-spaces/mamba-130m: no network"):
+        load_tokenizer("state-spaces/mamba-130m")
+    with pytest.raises(QuambaError, match="no network"):
+        load_tokenizer("state-spaces/mamba-130m", tokenizer.STATE_SPACES_TOKENIZER, required=False)

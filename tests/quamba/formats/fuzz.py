@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import io
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ import resource
 import signal
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -63,11 +65,13 @@ def checkpoints(root: Path) -> dict[str, Path]:
         "attn_layer_idx": [],
         "tie_embeddings": False,
     }
-    for name in ("mamba_ssm", "mamba_ssm_bin"):
+    for name in ("mamba_ssm", "mamba_ssm_bin", "mamba_ssm_old_bin"):
         (root / name).mkdir()
         (root / name / "config.json").write_text(json.dumps(config | {"pad_vocab_size_multiple": 8}))
     save_file(tensors, root / "mamba_ssm" / "model.safetensors")
     torch.save(tensors, root / "mamba_ssm_bin" / "pytorch_model.bin")
+    old = root / "mamba_ssm_old_bin" / "pytorch_model.bin"
+    torch.save(tensors, old, _use_new_zipfile_serialization=False)
     for family, precision in (("mamba1", "W8A8"), ("mamba2", "W4A8")):
         save(published(family, precision, layers=1), root / f"published {family}")
     ids = torch.arange(16).view(1, 16)
@@ -112,6 +116,19 @@ def damage_header(rng: random.Random, data: bytes) -> bytes:
     return size.to_bytes(8, "little") + header + data[8 + length :]
 
 
+def damage_pickle(rng: random.Random, data: bytes) -> bytes:
+    """A file of `torch.save` with its pickle changed, in an archive that is whole."""
+    if not data.startswith(b"PK"):
+        start = data.index(b"torch._utils")
+        return data[:start] + damage_bytes(rng, data[start : start + 4000]) + data[start + 4000 :]
+    stream = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(stream, "w") as changed:
+        for entry in archive.namelist():
+            content = archive.read(entry)
+            changed.writestr(entry, damage_bytes(rng, content) if entry.endswith("data.pkl") else content)
+    return stream.getvalue()
+
+
 def damage_json(rng: random.Random, data: bytes) -> bytes:
     """One field of a JSON file replaced by junk or left out."""
     whole = json.loads(data)
@@ -149,7 +166,9 @@ def mutate(rng: random.Random, folder: Path) -> tuple[Path, Change]:
         file = rng.choice(texts)
         return file, damage_json if rng.random() < 0.8 else damage_bytes
     file = rng.choice(weights)
-    return file, damage_header if file.suffix == ".safetensors" else damage_bytes
+    if file.suffix == ".safetensors":
+        return file, damage_header
+    return file, damage_pickle if rng.random() < 0.8 else damage_bytes
 
 
 def outcome(folder: Path, expected: torch.Tensor | None, verify: bool) -> str:

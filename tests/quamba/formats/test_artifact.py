@@ -253,7 +253,7 @@ DAMAGED = {
         lambda t: t.update({"backbone.layers.0.mixer.in_proj.weight": torch.zeros(128, 32)}),
         "in_proj.weight is stored as torch.float32; expected torch.int8",
     ),
-    "an extra tensor": (lambda t: t.update(extra=torch.zeros(1)), "don't belong to this architecture: extra"),
+    "an extra tensor": (lambda t: t.update(extra=torch.zeros(1)), "1 tensor is not of this architecture: extra"),
     "a shape": (lambda t: t.update({"backbone.layers.0.mixer.D": torch.zeros(63)}), r"mixer.D has shape \[63\]"),
     "an infinite scale": (
         lambda t: t.update({"backbone.layers.0.scales.z": torch.full((64,), torch.inf)}),

@@ -135,14 +135,14 @@ DAMAGES = {
     "garbage header": (write("model.safetensors", (9).to_bytes(8, "little") + b"\xffnot JSON"), "header is not JSON"),
     "huge sizes": (lying_header, "model.safetensors is damaged"),
     "overlapping tensors": (overlapping, "the bytes of b overlap"),
-    "missing tensor": (tensors(lambda t: t.pop(NAME)), f"1 tensors are missing: {NAME}"),
+    "missing tensor": (tensors(lambda t: t.pop(NAME)), f"1 tensor is missing: {NAME}"),
     "missing embedding": (
         tensors(lambda t: t.pop("backbone.embedding.weight")),
         "tensors are missing: backbone.embedding.weight",
     ),
     "extra tensor in a block": (
         tensors(lambda t: t.update({"backbone.layers.1.mixer.extra": torch.zeros(2)})),
-        "1 tensors don't belong to this architecture: backbone.layers.1.mixer.extra",
+        "1 tensor is not of this architecture: backbone.layers.1.mixer.extra",
     ),
     "missing block": (
         tensors(lambda t: [t.pop(name) for name in list(t) if name.startswith("backbone.layers.0.")]),
@@ -183,7 +183,7 @@ DAMAGES = {
     "a pickled tensor": (as_bin(torch.zeros(3)), "pytorch_model.bin holds something else than a dict of tensors"),
     "empty bin": (as_bin(b""), "pytorch_model.bin can't be read as a file of weights"),
     "garbage bin": (as_bin(b"PK\x03\x04" + bytes(200)), "pytorch_model.bin can't be read as a file of weights"),
-    "text as bin": (as_bin(b"version https://git-lfs.github.com/spec/v1\n"), "pytorch_model.bin can't be read"),
+    "text as bin": (as_bin(b"version https://git-lfs.github.com/spec/v1\n"), "pytorch_model.bin is a git-lfs pointer"),
 }
 
 

@@ -167,6 +167,16 @@ CASES = {
         None,
     ),
     "embeddings in mamba-ssm": ("mamba", "mamba_ssm", {}, renamed("embedding.", "embeddings."), NONE, None),
+    "both names of the embedding": (
+        "mamba",
+        "transformers",
+        {},
+        lambda c, t: t.update({EMBEDDING: t["backbone.embeddings.weight"].clone()}),
+        [
+            "backbone.embedding.weight and backbone.embeddings.weight both stand for|embeddings.* and .*embedding.weight both"
+        ],
+        [EMBEDDING],
+    ),
     "embedding in transformers": ("mamba", "transformers", {}, renamed("embeddings.", "embedding."), NONE, None),
     "padded as said": ("mamba", "mamba_ssm", {"vocab_size": 72}, put(vocab_size=65), NONE, None),
     "padded by 16": (

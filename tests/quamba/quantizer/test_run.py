@@ -221,8 +221,9 @@ def test_a_disk_that_fills_up_says_so_and_the_run_resumes(tiny, run, tmp_path, m
         return full_disk() if count == 3 else original(*args)
 
     monkeypatch.setattr(owner, name, later)
-    with pytest.raises(QuambaError, match=r"no space left on the device of .*it resumes after the last finished block"):
+    with pytest.raises(QuambaError, match=r"no space left on the device of .* run the same command again") as full:
         run(source, out)
+    assert str(full.value).endswith("it resumes after the last finished block") == (where != "sync")
     monkeypatch.undo()
     assert not out.exists()
     run(source, out)
