@@ -13,6 +13,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from quamba.config import QuambaConfig
+from quamba.decoding import Decoder
 from quamba.errors import QuambaError
 from quamba.layers import Embedding, GatedMLP, Hadamard, Linear, RMSNorm, Sites
 from quamba.mixers import MIXERS
@@ -127,6 +128,7 @@ class QuambaLMHeadModel(PreTrainedModel, GenerationMixin):
         self.post_init()
         self.requires_grad_(False)
         self._check_logits = False
+        self._decoder = Decoder()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -201,29 +203,33 @@ class QuambaLMHeadModel(PreTrainedModel, GenerationMixin):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        x = self.backbone.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        given = inputs_embeds if input_ids is None else input_ids
+        assert given is not None
+        batch, length = given.shape[:2]
         state = past_key_values
         if state is None and use_cache:
             state = self.new_state()
         if state is not None:
             if not isinstance(state, QuambaState):
                 raise TypeError(f"past_key_values must come from model.new_state(), not be a {type(state).__name__}")
-            state.allocate(x.shape[0], x.device)
-        mask = token_mask(attention_mask, x.shape[1], state)
-
-        x = self.backbone.rotation.turn(x if self.residual_dtype is None else x.to(self.residual_dtype))
-        hidden = [x] if output_hidden_states else None
-        for i, block in enumerate(self.backbone.layers):
-            x = block(x, None if state is None else state.layers[i], mask)
-            if hidden is not None:
-                hidden.append(x)
-        if state is not None:
-            state.advance(x.shape[1], mask)
-
+            state.allocate(batch, given.device)
+        mask = token_mask(attention_mask, length, state)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
-        x = x[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else kept]
-        x = self.backbone.rotation.turn_back(x)
-        logits = self.lm_head(self.backbone.norm_f(x, self.backbone.scales("head_in")))
+        keep = logits_to_keep if isinstance(logits_to_keep, Tensor) else kept
+        hidden: list[Tensor] | None = [] if output_hidden_states else None
+        layers = None if state is None else state.layers
+
+        def run(ids_or_embeds: Tensor) -> Tensor:
+            x = ids_or_embeds if input_ids is None else self.backbone.embedding(ids_or_embeds)
+            return self._logits(x, layers, mask, keep, hidden)
+
+        one_plain_token = length == 1 and mask is None and hidden is None and not isinstance(keep, Tensor)
+        if state is not None and input_ids is not None and one_plain_token:
+            logits = self._decoder(self, input_ids, state, run)
+        else:
+            logits = run(given)
+        if state is not None:
+            state.advance(length, mask)
         if self._check_logits:
             self._check_logits = False
             if not bool(torch.isfinite(logits[:, -1]).all()):
@@ -238,6 +244,25 @@ class QuambaLMHeadModel(PreTrainedModel, GenerationMixin):
             hidden_states=None if hidden is None else tuple(hidden),
         )
         return output if return_dict is not False else output.to_tuple()
+
+    def _logits(
+        self,
+        x: Tensor,
+        layers: list[LayerState] | None,
+        mask: Tensor | None,
+        keep: slice | Tensor,
+        hidden: list[Tensor] | None,
+    ) -> Tensor:
+        """Embeddings `[B, L, D]` to the logits of the positions `keep`. Each residual is appended to `hidden`."""
+        x = self.backbone.rotation.turn(x if self.residual_dtype is None else x.to(self.residual_dtype))
+        for i, block in enumerate(self.backbone.layers):
+            if hidden is not None:
+                hidden.append(x)
+            x = block(x, None if layers is None else layers[i], mask)
+        if hidden is not None:
+            hidden.append(x)
+        x = self.backbone.rotation.turn_back(x[:, keep])
+        return self.lm_head(self.backbone.norm_f(x, self.backbone.scales("head_in")))
 
 
 def token_mask(attention_mask: Tensor | None, length: int, state: QuambaState | None) -> Tensor | None:

@@ -118,8 +118,9 @@ class QuambaState(Cache):
         assert self.seen is not None
         self.columns += length
         self.seen += length if mask is None else mask.sum(dim=1)
-        for layer in self.layers:
-            layer.has_previous_state[0] = True
+        if not self.layers[0].has_previous_state[0]:
+            for layer in self.layers:
+                layer.has_previous_state[0] = True
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.columns

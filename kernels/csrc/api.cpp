@@ -1,6 +1,7 @@
 // The exported functions: choice of instruction set, last checks, call.
 #include <atomic>
 #include <cstring>
+#include <initializer_list>
 
 #include "ops.h"
 
@@ -70,12 +71,27 @@ bool valid(const quamba_ssd_args &a) {
 
 bool valid(const quamba_gated_norm_args &a) {
     if (a.rows < 0 || a.width < 1 || a.groups < 1 || a.width % a.groups || a.threads < 1) return false;
-    return a.x && a.z && a.weight && a.y && (!a.z_is_int8 || a.z_scale);
+    return a.x && a.z && a.y && (!a.z_is_int8 || a.z_scale);
 }
 
 bool valid(const quamba_rows_args &a) {
     if (a.rows < 0 || a.width < 0 || a.threads < 1 || !a.x) return false;
     return (a.y != nullptr) != (a.codes != nullptr);
+}
+
+bool valid(const quamba_elementwise_args &a) {
+    for (int64_t size : a.size)
+        if (size < 0) return false;
+    for (int64_t kind : {a.a_kind, a.b_kind, a.y_kind})
+        if (kind < QUAMBA_INT8 || kind > QUAMBA_BFLOAT16) return false;
+    return a.op >= QUAMBA_COPY && a.op <= QUAMBA_MULTIPLY && a.a && a.y && (a.b || a.op == QUAMBA_COPY) && a.threads >= 1;
+}
+
+bool valid(const quamba_embedding_args &a) {
+    if (a.rows < 0 || a.entries < 0 || a.width < 1 || a.threads < 1 || !a.ids || !a.table || !a.y) return false;
+    if (a.group != 0 && a.group != 32 && a.group != 64 && a.group != 128) return false;
+    if (a.kind < QUAMBA_INT8 || a.kind > QUAMBA_BFLOAT16 || (a.group && (a.kind != QUAMBA_INT8 || !a.group_scale))) return false;
+    return a.kind != QUAMBA_INT8 || a.scale;
 }
 
 bool has_epilogue(const quamba_linear_args &a) { return a.weight_scale && (!a.codes || a.inv); }
@@ -130,8 +146,11 @@ int quamba_int8_linear(const quamba_linear_args *args) {
 }
 
 int quamba_float_linear(const quamba_linear_args *args) {
-    if (args && (!args->x || args->acc || !has_epilogue(*args))) return QUAMBA_BAD_ARGUMENT;
-    return run(&Kernels::float_linear, args);
+    if (args && (!args->x || args->acc)) return QUAMBA_BAD_ARGUMENT;
+    if (!args || args->weight_kind == QUAMBA_INT8)
+        return args && !has_epilogue(*args) ? QUAMBA_BAD_ARGUMENT : run(&Kernels::float_linear, args);
+    if (args->group || args->codes || args->weight_kind > QUAMBA_BFLOAT16) return QUAMBA_BAD_ARGUMENT;
+    return run(&Kernels::dense, args);
 }
 
 int quamba_expand_int4(const quamba_linear_args *args) {
@@ -163,6 +182,16 @@ int quamba_hadamard(const quamba_rows_args *args) {
     if (order < 1 || n % order || ((n / order) & (n / order - 1)) || (args->codes && !args->inv))
         return QUAMBA_BAD_ARGUMENT;
     return run(&Kernels::hadamard, args);
+}
+
+int quamba_elementwise(const quamba_elementwise_args *args) { return run(&Kernels::elementwise, args); }
+
+int quamba_embedding(const quamba_embedding_args *args) { return run(&Kernels::embedding, args); }
+
+int quamba_replay(const quamba_launch *launches, int64_t count) {
+    for (int64_t i = 0; i < count; ++i)
+        if (const int status = launches[i].op(launches[i].args)) return status;
+    return QUAMBA_OK;
 }
 
 int quamba_elementary(const char *name, const float *x, float *y, int64_t n) {

@@ -21,6 +21,7 @@ void group(const quamba_gated_norm_args &a, int64_t m, int64_t c0, int64_t count
         squares = squares + v * v;
         store(y + c, a.norm_before_gate ? gate : gated, lanes);
     });
+    if (!a.weight) return;
     const float mean = sum(squares) / static_cast<float>(count);
     const F16 r = splat(1.0f / __builtin_sqrtf(mean + static_cast<float>(a.eps)));
     by_lanes(count, [&](int64_t c, int64_t lanes) QUAMBA_BODY {

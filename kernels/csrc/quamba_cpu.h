@@ -22,9 +22,10 @@
 #define QUAMBA_API
 #endif
 
-#define QUAMBA_CPU_ABI 4
+#define QUAMBA_CPU_ABI 5
 
-enum quamba_status { QUAMBA_OK = 0, QUAMBA_BAD_ARGUMENT = 1, QUAMBA_OUT_OF_MEMORY = 2 };
+enum quamba_status { QUAMBA_OK = 0, QUAMBA_BAD_ARGUMENT = 1, QUAMBA_OUT_OF_MEMORY = 2, QUAMBA_NO_SUCH_ENTRY = 3 };
+enum quamba_kind { QUAMBA_INT8 = 0, QUAMBA_FLOAT32 = 1, QUAMBA_FLOAT16 = 2, QUAMBA_BFLOAT16 = 3 };
 
 enum { QUAMBA_MAX_INPUTS = (1 << 17) - 1 }; /* 2^17 products of -128 * -128 overflow int32 */
 enum { QUAMBA_MAX_STATE = 256 };
@@ -36,10 +37,13 @@ enum { QUAMBA_MAX_TAPS = 64 };
  * int8_linear: x is int8, acc exact. float_linear: x is float32, summed in float32, without x_scale and acc.
  * group > 0: the weight is int4, packed by groups of 32, 64 or 128 inputs: byte j of a group holds code j in its low half
  * and code j + group / 2 in its high half, and the codes are multiplied by their group's scale: int8, at
- * most 15 in magnitude, or float32. For int8_linear a product with a float scale is rounded to int8. */
+ * most 15 in magnitude, or float32. For int8_linear a product with a float scale is rounded to int8.
+ *
+ * float_linear with weight_kind other than QUAMBA_INT8: float weights, without group, scales and codes. */
 typedef struct {
     const void *x;      /* [rows, inputs] */
     const void *weight; /* int8 [outputs, inputs], or packed [outputs, ceil(inputs / group) * group / 2] */
+    int64_t weight_kind;
     int64_t group;
     const void *group_scale; /* [outputs, ceil(inputs / group)] */
     int64_t group_scale_is_float;
@@ -126,7 +130,7 @@ typedef struct {
     int64_t batch, length, heads, width, groups, states, threads;
 } quamba_ssd_args;
 
-/* Mamba2's norm of x with the gate silu(z), over `groups` equal runs of channels. */
+/* Mamba2's norm of x with the gate silu(z), over `groups` equal runs of channels; without weight only x * silu(z). */
 typedef struct {
     const float *x; /* [rows, width] */
     int64_t x_row_stride;
@@ -134,7 +138,7 @@ typedef struct {
     int64_t z_row_stride, z_is_int8;
     const float *z_scale; /* int8 only */
     int64_t z_scale_stride;
-    const float *weight; /* [width] */
+    const float *weight; /* [width], optional */
     float *y;            /* [rows, width] */
     double eps;
     int64_t groups, norm_before_gate, rows, width, threads;
@@ -154,6 +158,37 @@ typedef struct {
     int64_t order;  /* hadamard: order of the outer matrix, 1 without */
     int64_t rows, width, threads;
 } quamba_rows_args;
+
+/* y = a, a + b or a * b, computed in float32, for tensors of any kind and strides (0 repeats a value). */
+enum { QUAMBA_AXES = 4 };
+enum quamba_elementwise_op { QUAMBA_COPY = 0, QUAMBA_ADD = 1, QUAMBA_MULTIPLY = 2 };
+typedef struct {
+    const void *a;
+    const void *b; /* not for a copy */
+    void *y;
+    int64_t op, a_kind, b_kind, y_kind;
+    int64_t size[QUAMBA_AXES], a_stride[QUAMBA_AXES], b_stride[QUAMBA_AXES], y_stride[QUAMBA_AXES];
+    int64_t threads;
+} quamba_elementwise_args;
+
+/* Rows of a table: floats as they are; int8 and int4 (group > 0, packed as in quamba_linear_args) as float32 reals. */
+typedef struct {
+    const int64_t *ids; /* [rows], each below entries, or the call fails with QUAMBA_NO_SUCH_ENTRY */
+    const void *table;
+    int64_t kind;
+    const float *scale; /* [entries], int8 and int4 only */
+    int64_t group;
+    const void *group_scale; /* [entries, ceil(width / group)] */
+    int64_t group_scale_is_float;
+    void *y; /* [rows, width] */
+    int64_t rows, entries, width, threads;
+} quamba_embedding_args;
+
+/* One call of a recording: an op below and its structure. */
+typedef struct {
+    int (*op)(const void *args);
+    const void *args;
+} quamba_launch;
 
 #ifdef __cplusplus
 extern "C" {
@@ -178,6 +213,11 @@ QUAMBA_API int quamba_quantize(const quamba_rows_args *args);
 QUAMBA_API int quamba_rms_norm(const quamba_rows_args *args);
 QUAMBA_API int quamba_gated_rms_norm(const quamba_gated_norm_args *args);
 QUAMBA_API int quamba_hadamard(const quamba_rows_args *args);
+QUAMBA_API int quamba_elementwise(const quamba_elementwise_args *args);
+QUAMBA_API int quamba_embedding(const quamba_embedding_args *args);
+
+/* Make the calls one after the other, up to the first that fails; its status. */
+QUAMBA_API int quamba_replay(const quamba_launch *launches, int64_t count);
 
 /* The elementary functions of the kernels, for tests: "exp", "softplus" or "silu" of n floats. */
 QUAMBA_API int quamba_elementary(const char *name, const float *x, float *y, int64_t n);

@@ -27,8 +27,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ __all__ = [
     "describe",
     "embedding",
     "expand_int4",
+    "gate",
     "gated_rms_norm",
     "hadamard",
     "int8_matmul",
@@ -49,6 +51,7 @@ __all__ = [
     "pack_int4",
     "quantize",
     "quantize_per_token",
+    "record",
     "rms_norm",
     "selective_scan",
     "ssd_scan",
@@ -59,6 +62,7 @@ __all__ = [
     "w8a8_linear",
 ]
 
+T = TypeVar("T")
 BACKENDS = ("auto", "reference", "cpu")
 _forced = "auto"
 
@@ -121,6 +125,21 @@ def describe(device: torch.device | str = "cpu") -> str:
     if device.type == "cpu" and _forced == "auto":
         return f"torch reference kernels ({cpu.why_not()})"
     return "torch reference kernels"
+
+
+def record(function: Callable[[], T], inputs: Sequence[Tensor], moving: Sequence[Tensor]) -> tuple[T, Any]:
+    """`function()`, and a recording of the kernel calls that it made, or a text that says why there is none.
+
+    The recording's `run(moving)` does them again on the same memory, without Python between them, and returns the same
+    tensors with new contents. inputs: the tensors outside the function whose contents change between runs; moving: those
+    at whose places others of the same shape, strides and dtype may stand, such as states. All else that the function reads
+    must stay as it is.
+    """
+    device = inputs[0].device
+    backend = _pick(device.type, _forced)
+    if not hasattr(backend, "record"):
+        return function(), f"{describe(device)} can't be recorded"
+    return backend.record(function, inputs, moving)
 
 
 def quantize(x: Tensor, inv: Tensor) -> Tensor:
@@ -258,6 +277,14 @@ def gated_rms_norm(
     Tolerance between backends: 1e-5 relative to the largest output.
     """
     return _op("gated_rms_norm", x.device)(x, z, weight, eps, groups, norm_before_gate, z_scale=z_scale)
+
+
+def gate(x: Tensor, z: Tensor, *, z_scale: Tensor | None = None) -> Tensor:
+    """`x * silu(z)` in float32. x `[..., C]` float; z float or int8 codes with z_scale (0-d or `[C]`).
+
+    Tolerance between backends: 1e-6 relative to the largest output.
+    """
+    return _op("gate", x.device)(x, z, z_scale=z_scale)
 
 
 def causal_conv1d(

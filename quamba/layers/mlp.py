@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+import quamba_kernels as kernels
 from quamba.errors import RecipeError
 from quamba.layers.hadamard import Hadamard
 from quamba.layers.linear import Linear
@@ -48,6 +47,6 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor | QTensor, sites: Sites) -> Tensor:
         """x `[B, L, D]` to `[B, L, D]`."""
         a, gate = self.fc1(x).chunk(2, dim=-1)
-        y = a.float() * F.silu(gate.float())
+        y = kernels.gate(a, gate)
         out = sites("fc2_in")
-        return self.fc2(self.rotation(y if out.integer else y.to(torch.result_type(a, gate)), out))
+        return self.fc2(self.rotation(y if out.integer else y.to(a.dtype), out))

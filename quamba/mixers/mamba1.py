@@ -169,5 +169,4 @@ def _folds_x(plan: BlockPlan) -> bool:
 def _normed(x: Tensor | QTensor, eps: float) -> Tensor:
     """x over its root mean square, in x's dtype."""
     x = real(x)
-    y = x.float()
-    return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return kernels.rms_norm(x, torch.ones(x.shape[-1], dtype=x.dtype, device=x.device), eps)

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import quamba_kernels as kernels
@@ -204,5 +203,9 @@ class Mamba2(Mixer):
 
         y = self.recur(scan, sites, state, x.shape[1]).flatten(-2)
         out = sites("out_proj_in")
-        y = y * F.silu(real(z).float()) if self.norm is None else self.norm(y, z, precise=out.integer)
+        if self.norm is None:
+            gate, gate_scale = parts(z)
+            y = kernels.gate(y, gate, z_scale=gate_scale)
+        else:
+            y = self.norm(y, z, precise=out.integer)
         return self.out_proj(self.rotation(y, out))

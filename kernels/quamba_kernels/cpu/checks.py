@@ -63,10 +63,6 @@ def tokens(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def pointer(t: Tensor | None) -> int | None:
-    return None if t is None else t.data_ptr()
-
-
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd would have to see this call."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -13,11 +13,10 @@ from quamba_kernels.cpu.checks import (
     check,
     float_vector,
     needs_grad,
-    pointer,
     tokens,
     vector,
 )
-from quamba_kernels.cpu.library import ConvArgs, call, threads
+from quamba_kernels.cpu.library import ConvArgs, call, pointer, threads
 
 MAX_TAPS = 64
 
@@ -58,19 +57,19 @@ def causal_conv1d(
         x_scale, args.x_scale_stride = vector("x_scale", x_scale, channels)
         check("weight_scale", weight_scale, FLOAT32, channels)
         weight_scale = weight_scale.contiguous()
-        args.x_scale, args.weight_scale = x_scale.data_ptr(), weight_scale.data_ptr()
+        args.x_scale, args.weight_scale = pointer(x_scale), pointer(weight_scale)
     if bias is not None:
         bias = float_vector("bias", bias, channels)
     if inv is None:
-        args.y = out.data_ptr()
+        args.y = pointer(out)
     else:
         inv, args.inv_stride = vector("inv", inv, channels)
-        args.inv, args.codes = inv.data_ptr(), out.data_ptr()
+        args.inv, args.codes = pointer(inv), pointer(out)
     if out.numel() > 0:
         x, weight = tokens(x), tokens(weight).contiguous()
         work = None if state is None else tokens(state).contiguous()
-        args.x, args.x_batch_stride, args.x_token_stride = x.data_ptr(), x.stride(0), x.stride(1)
-        args.weight, args.bias, args.mask = weight.data_ptr(), pointer(bias), pointer(mask)
+        args.x, args.x_batch_stride, args.x_token_stride = pointer(x), x.stride(0), x.stride(1)
+        args.weight, args.bias, args.mask = pointer(weight), pointer(bias), pointer(mask)
         args.state = pointer(work) if taps > 1 else None
         call("causal_conv1d", args)
         if state is not None and work is not None and work.data_ptr() != state.data_ptr():

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from ctypes import c_char_p, c_double, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch  # loaded first: the library then shares torch's OpenMP runtime
 
-ABI = 4
+ABI = 5
 FILES = ("libquamba_cpu.so", "libquamba_cpu.dylib")
 OPS = (
     "int8_linear",
@@ -24,7 +25,11 @@ OPS = (
     "rms_norm",
     "gated_rms_norm",
     "hadamard",
+    "elementwise",
+    "embedding",
 )
+
+KINDS = {torch.int8: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 
 _library: ctypes.CDLL | None = None
 _problem: str | None = None  # None until loading was tried and whenever it went well
@@ -40,7 +45,7 @@ def _structure(name: str, pointers_and_sizes: str) -> Any:
 
 LinearArgs = _structure(
     "LinearArgs",
-    "*x *weight group *group_scale group_scale_is_float *x_scale x_scale_stride *weight_scale *bias *inv inv_stride"
+    "*x *weight weight_kind group *group_scale group_scale_is_float *x_scale x_scale_stride *weight_scale *bias *inv inv_stride"
     " *acc *y *codes rows outputs inputs threads",
 )
 ConvArgs = _structure(
@@ -68,6 +73,12 @@ GatedNormArgs = _structure(
     "*x x_row_stride *z z_row_stride z_is_int8 *z_scale z_scale_stride *weight *y"
     " .eps groups norm_before_gate rows width threads",
 )
+_AXES = [f"{name}{axis}" for name in ("size", "a_stride", "b_stride", "y_stride") for axis in range(4)]
+ElementwiseArgs = _structure("ElementwiseArgs", f"*a *b *y op a_kind b_kind y_kind {' '.join(_AXES)} threads")
+EmbeddingArgs = _structure(
+    "EmbeddingArgs", "*ids *table kind *scale group *group_scale group_scale_is_float *y rows entries width threads"
+)
+Launch = _structure("Launch", "*op *args")
 RowsArgs = _structure("RowsArgs", "*x *weight *inv inv_stride *y *codes *scale .eps blocks order rows width threads")
 
 
@@ -171,8 +182,33 @@ def threads() -> int:
 
 def call(op: str, args: ctypes.Structure) -> None:
     """Run `quamba_<op>`; the caller keeps the tensors behind `args` alive."""
-    status = getattr(library(), f"quamba_{op}")(ctypes.byref(args))
+    check_status(op, getattr(library(), f"quamba_{op}")(ctypes.byref(args)))
+    if (listener := listening.to) is not None:
+        listener.note(op, args)
+
+
+def check_status(op: str, status: int) -> None:
+    """Raise what a status other than 0 means."""
     if status == 2:
         raise MemoryError(f"{op}: no working memory")
+    if status == 3:
+        raise IndexError("index out of range: an id is not in the table")
     if status:
         raise ValueError(f"{op}: the library refused the arguments (status {status})")
+
+
+def pointer(t: torch.Tensor | None) -> int | None:
+    """The address of `t`'s first entry, for a structure; who records this call keeps the tensor."""
+    if t is None:
+        return None
+    if (listener := listening.to) is not None:
+        listener.keep(t)
+    return t.data_ptr()
+
+
+class _Listening(threading.local):
+    to: Any = None
+    """Who is told of this thread's calls: `keep(tensor)` of each pointer, then `note(op, args)`."""
+
+
+listening = _Listening()

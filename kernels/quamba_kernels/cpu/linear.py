@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from quamba_kernels import reference
-from quamba_kernels.cpu.checks import FLOAT32, FLOATS, INT8, check, last_axis, needs_grad, pointer, vector
-from quamba_kernels.cpu.library import LinearArgs, call, threads
+from quamba_kernels.cpu.checks import FLOAT32, FLOATS, INT8, check, last_axis, needs_grad, vector
+from quamba_kernels.cpu.library import KINDS, LinearArgs, call, pointer, threads
 from quamba_kernels.reference.int4 import group_size, real_int4
 from quamba_kernels.reference.rounding import finish
 
 MAX_INPUTS = 2**17 - 1  # more products of -128 * -128 overflow int32
 FEW_ROWS = 16  # weight-only: beyond, it pays to make floats of the weight and leave the products to torch
+FEW_ROWS_OF_FLOATS = 4  # float weights: beyond, torch's products are faster
 FEW_INPUTS = 512  # of int8 weights: the C++ is fast for any number of rows, and the same bits for each
 PANEL = 512  # weight rows to make floats of at once: they stay in the cache
 
@@ -51,7 +52,7 @@ def _int4(group_scale: Tensor, group: int) -> tuple[Tensor, ctypes.Structure]:
     """The group scales as C takes them, to be kept alive during the call, and arguments that point there."""
     is_float = group_scale.is_floating_point()
     group_scale = (group_scale.float() if is_float else group_scale).contiguous()
-    return group_scale, LinearArgs(group=group, group_scale=group_scale.data_ptr(), group_scale_is_float=is_float)
+    return group_scale, LinearArgs(group=group, group_scale=pointer(group_scale), group_scale_is_float=is_float)
 
 
 def _run(
@@ -68,17 +69,17 @@ def _run(
     outputs, inputs = weight.shape[0], x.shape[-1]
     out = torch.empty(*x.shape[:-1], outputs, dtype=torch.float32 if inv is None else torch.int8)
     if inv is None:
-        args.y = out.data_ptr()
+        args.y = pointer(out)
     else:
         inv, args.inv_stride = vector("inv", inv, outputs)
-        args.inv, args.codes = inv.data_ptr(), out.data_ptr()
+        args.inv, args.codes = pointer(inv), pointer(out)
     if out.numel() == 0:
         return out
     x, weight, weight_scale = x.contiguous(), weight.contiguous(), weight_scale.contiguous()
     if x_scale is not None:
         x_scale, args.x_scale_stride = x_scale.contiguous(), int(x_scale.numel() != 1)
     bias = None if bias is None else bias.contiguous()
-    args.x, args.weight, args.weight_scale = x.data_ptr(), weight.data_ptr(), weight_scale.data_ptr()
+    args.x, args.weight, args.weight_scale = pointer(x), pointer(weight), pointer(weight_scale)
     args.x_scale, args.bias = pointer(x_scale), pointer(bias)
     args.rows, args.outputs, args.inputs, args.threads = out.numel() // outputs, outputs, inputs, threads()
     call(op, args)
@@ -100,6 +101,24 @@ def _by_panels(
     return finish(y.view(*x.shape[:-1], outputs), inv)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    inputs = last_axis("x", x, FLOATS)
+    check("weight", weight, FLOATS, -1, inputs)
+    if bias is not None:
+        check("bias", bias, FLOATS, weight.shape[0])
+    if inputs == 0 or x.numel() > FEW_ROWS_OF_FLOATS * inputs or needs_grad(x, weight, bias):
+        return reference.linear(x, weight, bias)
+    out = torch.empty(*x.shape[:-1], weight.shape[0])
+    if out.numel() > 0:
+        x, weight = x.to(weight.dtype).float().contiguous(), weight.contiguous()
+        bias = None if bias is None else bias.to(weight.dtype).float().contiguous()
+        args = LinearArgs(x=pointer(x), weight=pointer(weight), weight_kind=KINDS[weight.dtype], bias=pointer(bias))
+        args.rows, args.outputs, args.inputs = out.numel() // weight.shape[0], weight.shape[0], inputs
+        args.y, args.threads = pointer(out), threads()
+        call("float_linear", args)
+    return out.to(weight.dtype)
+
+
 def int8_matmul(x: Tensor, weight: Tensor) -> Tensor:
     check("x", x, INT8, -1, -1)
     outputs, inputs = _check_codes(x, weight)
@@ -107,7 +126,7 @@ def int8_matmul(x: Tensor, weight: Tensor) -> Tensor:
     if acc.numel() == 0 or inputs == 0:
         return acc.zero_()
     x, weight = x.contiguous(), weight.contiguous()
-    args = LinearArgs(x=x.data_ptr(), weight=weight.data_ptr(), acc=acc.data_ptr(), threads=threads())
+    args = LinearArgs(x=pointer(x), weight=pointer(weight), acc=pointer(acc), threads=threads())
     args.rows, args.outputs, args.inputs = x.shape[0], outputs, inputs
     call("int8_linear", args)
     return acc
@@ -118,7 +137,7 @@ def expand_int4(packed: Tensor, group_scale: Tensor, inputs: int) -> Tensor:
     codes = torch.empty(packed.shape[0], inputs, dtype=torch.int8)
     if codes.numel() > 0:
         packed, (group_scale, args) = packed.contiguous(), _int4(group_scale, group)
-        args.weight, args.codes, args.threads = packed.data_ptr(), codes.data_ptr(), threads()
+        args.weight, args.codes, args.threads = pointer(packed), pointer(codes), threads()
         args.outputs, args.inputs = codes.shape
         call("expand_int4", args)
     return codes

@@ -15,11 +15,10 @@ from quamba_kernels.cpu.checks import (
     float_vector,
     last_axis,
     needs_grad,
-    pointer,
     tokens,
     vector,
 )
-from quamba_kernels.cpu.library import GatedNormArgs, RowsArgs, call, threads
+from quamba_kernels.cpu.library import GatedNormArgs, RowsArgs, call, pointer, threads
 
 
 def _run(op: str, x: Tensor, width: int, inv: Tensor | None, args: ctypes.Structure) -> Tensor:
@@ -27,12 +26,12 @@ def _run(op: str, x: Tensor, width: int, inv: Tensor | None, args: ctypes.Struct
     out = torch.empty(x.shape, dtype=torch.float32 if inv is None else torch.int8)
     if inv is not None:
         inv, args.inv_stride = vector("inv", inv, width)
-        args.inv, args.codes = inv.data_ptr(), out.data_ptr()
+        args.inv, args.codes = pointer(inv), pointer(out)
     else:
-        args.y = out.data_ptr()
+        args.y = pointer(out)
     if out.numel() > 0:
         x = x.float().contiguous()
-        args.x, args.rows, args.width, args.threads = x.data_ptr(), x.numel() // width, width, threads()
+        args.x, args.rows, args.width, args.threads = pointer(x), x.numel() // width, width, threads()
         call(op, args)
     return out
 
@@ -49,7 +48,7 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     codes, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(*x.shape[:-1], 1)
     if codes.numel() > 0:
         x = x.float().contiguous()
-        args = RowsArgs(x=x.data_ptr(), codes=codes.data_ptr(), scale=scale.data_ptr(), threads=threads())
+        args = RowsArgs(x=pointer(x), codes=pointer(codes), scale=pointer(scale), threads=threads())
         args.rows, args.width = x.numel() // width, width
         call("quantize", args)
     return codes, scale
@@ -60,7 +59,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, inv: Tensor | None = None) -
     if needs_grad(x, weight):
         return reference.rms_norm(x, weight, eps, inv)
     w = float_vector("weight", weight, width)
-    out = _run("rms_norm", x, width, inv, RowsArgs(weight=w.data_ptr(), eps=eps))
+    out = _run("rms_norm", x, width, inv, RowsArgs(weight=pointer(w), eps=eps))
     return out if inv is not None else out.to(weight.dtype)
 
 
@@ -83,14 +82,30 @@ def gated_rms_norm(
         return reference.gated_rms_norm(x, z, weight, eps, groups, norm_before_gate, z_scale=z_scale)
     w, out = float_vector("weight", weight, width), torch.empty(x.shape)
     if out.numel() > 0:
-        x, z = tokens(x.reshape(-1, width)), tokens(z.reshape(-1, width))
-        args = GatedNormArgs(x=x.data_ptr(), x_row_stride=x.stride(0), z=z.data_ptr(), z_row_stride=z.stride(0))
-        args.z_is_int8, args.z_scale, args.z_scale_stride = z.dtype == torch.int8, pointer(scale), stride
-        args.weight, args.y, args.eps = w.data_ptr(), out.data_ptr(), eps
-        args.groups, args.norm_before_gate = groups, norm_before_gate
-        args.rows, args.width, args.threads = x.shape[0], width, threads()
-        call("gated_rms_norm", args)
+        args = GatedNormArgs(weight=pointer(w), eps=eps, groups=groups, norm_before_gate=norm_before_gate)
+        _gate(x, z, scale, stride, out, args)
     return out.to(weight.dtype)
+
+
+def gate(x: Tensor, z: Tensor, *, z_scale: Tensor | None = None) -> Tensor:
+    width = last_axis("x", x, FLOATS)
+    check("z", z, FLOATS_OR_INT8, *x.shape)
+    scale, stride = code_scale("z", z, z_scale, width)
+    if needs_grad(x, z, z_scale):
+        return reference.gate(x, z, z_scale=z_scale)
+    out = torch.empty(x.shape)
+    if out.numel() > 0:
+        _gate(x, z, scale, stride, out, GatedNormArgs(groups=1))
+    return out
+
+
+def _gate(x: Tensor, z: Tensor, scale: Tensor | None, stride: int, out: Tensor, args: ctypes.Structure) -> None:
+    width = x.shape[-1]
+    x, z = tokens(x.reshape(-1, width)), tokens(z.reshape(-1, width))
+    args.x, args.x_row_stride, args.z, args.z_row_stride = pointer(x), x.stride(0), pointer(z), z.stride(0)
+    args.z_is_int8, args.z_scale, args.z_scale_stride = z.dtype == torch.int8, pointer(scale), stride
+    args.y, args.rows, args.width, args.threads = pointer(out), x.shape[0], width, threads()
+    call("gated_rms_norm", args)
 
 
 def hadamard(x: Tensor, outer: Tensor | None, blocks: int = 1, inv: Tensor | None = None) -> Tensor:

@@ -13,10 +13,9 @@ from quamba_kernels.cpu.checks import (
     code_scale,
     float_vector,
     needs_grad,
-    pointer,
     tokens,
 )
-from quamba_kernels.cpu.library import ScanArgs, call, threads
+from quamba_kernels.cpu.library import ScanArgs, call, pointer, threads
 
 MAX_STATE = 256
 
@@ -64,12 +63,12 @@ def selective_scan(
     args.u_is_int8, args.z_is_int8 = u.dtype == torch.int8, z.dtype == torch.int8
     u, dt, A, B, C, z = tokens(u), tokens(dt), A.float().contiguous(), tokens(B), tokens(C), tokens(z)
     work = None if state is None else state.contiguous()
-    args.u, args.u_batch_stride, args.u_token_stride = u.data_ptr(), u.stride(0), u.stride(1)
-    args.z, args.z_batch_stride, args.z_token_stride = z.data_ptr(), z.stride(0), z.stride(1)
-    args.dt, args.dt_batch_stride, args.dt_token_stride = dt.data_ptr(), dt.stride(0), dt.stride(1)
-    args.B, args.B_batch_stride, args.B_token_stride = B.data_ptr(), B.stride(0), B.stride(1)
-    args.C, args.C_batch_stride, args.C_token_stride = C.data_ptr(), C.stride(0), C.stride(1)
-    args.A, args.D, args.dt_bias, args.y = A.data_ptr(), D.data_ptr(), dt_bias.data_ptr(), y.data_ptr()
+    args.u, args.u_batch_stride, args.u_token_stride = pointer(u), u.stride(0), u.stride(1)
+    args.z, args.z_batch_stride, args.z_token_stride = pointer(z), z.stride(0), z.stride(1)
+    args.dt, args.dt_batch_stride, args.dt_token_stride = pointer(dt), dt.stride(0), dt.stride(1)
+    args.B, args.B_batch_stride, args.B_token_stride = pointer(B), B.stride(0), B.stride(1)
+    args.C, args.C_batch_stride, args.C_token_stride = pointer(C), C.stride(0), C.stride(1)
+    args.A, args.D, args.dt_bias, args.y = pointer(A), pointer(D), pointer(dt_bias), pointer(y)
     args.u_scale, args.z_scale = pointer(u_scale), pointer(z_scale)
     args.state, args.mask = pointer(work), pointer(mask)
     call("selective_scan", args)

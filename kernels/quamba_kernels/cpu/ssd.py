@@ -15,10 +15,9 @@ from quamba_kernels.cpu.checks import (
     code_scale,
     float_vector,
     needs_grad,
-    pointer,
     tokens,
 )
-from quamba_kernels.cpu.library import SsdArgs, call, threads
+from quamba_kernels.cpu.library import SsdArgs, call, pointer, threads
 from quamba_kernels.cpu.scan import MAX_STATE
 
 
@@ -90,11 +89,11 @@ def ssd_scan(
     args.x_is_int8, args.B_is_int8, args.C_is_int8 = (t.dtype == torch.int8 for t in (x, B, C))
     dt, D = tokens(dt), D.float().contiguous()
     work = None if state is None else state.contiguous()
-    args.x, args.x_batch_stride, args.x_token_stride = x.data_ptr(), x.stride(0), x.stride(1)
-    args.B, args.B_batch_stride, args.B_token_stride = B.data_ptr(), B.stride(0), B.stride(1)
-    args.C, args.C_batch_stride, args.C_token_stride = C.data_ptr(), C.stride(0), C.stride(1)
-    args.dt, args.dt_batch_stride, args.dt_token_stride = dt.data_ptr(), dt.stride(0), dt.stride(1)
-    args.A, args.D, args.dt_bias, args.y = A.data_ptr(), D.data_ptr(), dt_bias.data_ptr(), y.data_ptr()
+    args.x, args.x_batch_stride, args.x_token_stride = pointer(x), x.stride(0), x.stride(1)
+    args.B, args.B_batch_stride, args.B_token_stride = pointer(B), B.stride(0), B.stride(1)
+    args.C, args.C_batch_stride, args.C_token_stride = pointer(C), C.stride(0), C.stride(1)
+    args.dt, args.dt_batch_stride, args.dt_token_stride = pointer(dt), dt.stride(0), dt.stride(1)
+    args.A, args.D, args.dt_bias, args.y = pointer(A), pointer(D), pointer(dt_bias), pointer(y)
     args.x_scale, args.B_scale, args.C_scale = pointer(x_scale), pointer(B_scale), pointer(C_scale)
     args.state, args.mask = pointer(work), pointer(mask)
     call("ssd_scan", args)

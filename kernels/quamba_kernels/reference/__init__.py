@@ -5,7 +5,7 @@ from quamba_kernels.reference.embedding import embedding
 from quamba_kernels.reference.hadamard import hadamard
 from quamba_kernels.reference.int4 import expand_int4, pack_int4, unpack_int4, w4_linear, w4a8_linear
 from quamba_kernels.reference.linear import int8_matmul, linear, w8_linear, w8a8_linear
-from quamba_kernels.reference.norm import gated_rms_norm, rms_norm
+from quamba_kernels.reference.norm import gate, gated_rms_norm, rms_norm
 from quamba_kernels.reference.rounding import quantize, quantize_per_token
 from quamba_kernels.reference.scan import selective_scan
 from quamba_kernels.reference.ssd import ssd_scan
@@ -14,6 +14,7 @@ __all__ = [
     "causal_conv1d",
     "embedding",
     "expand_int4",
+    "gate",
     "gated_rms_norm",
     "hadamard",
     "int8_matmul",

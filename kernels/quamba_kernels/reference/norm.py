@@ -13,6 +13,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, inv: Tensor | None = None) -
     return y.to(weight.dtype) if inv is None else quantize(y, inv)
 
 
+def gate(x: Tensor, z: Tensor, *, z_scale: Tensor | None = None) -> Tensor:
+    return x.float() * F.silu(real(z, z_scale))
+
+
 def gated_rms_norm(
     x: Tensor,
     z: Tensor,

@@ -1,0 +1,179 @@
+"""Record what a function does in kernel calls, and do it again in one call of C: nothing is allocated, no Python runs.
+
+While recording, every tensor is watched. What the kernels write, the inputs and the state vary from run to run; all else
+(parameters, and what is computed from them alone) is constant, so that work on it is done once. A torch operation on
+something that varies has to be a view, or one of those here that C can do; any other makes the recording fail.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from quamba_kernels.cpu.library import KINDS, ElementwiseArgs, Launch, check_status, library, listening, threads
+
+aten = torch.ops.aten
+FRESH = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided)
+COPIES = (aten._to_copy, aten.clone, aten.copy_)
+BINARY = {aten.add: 1, aten.mul: 2}
+WRITTEN = ("y", "codes", "acc", "state")  # by kernels; and `scale`, by one that has no `inv`
+_AXES = 4
+
+
+class Recording:
+    """Calls on fixed memory. `result` is what the recorded function returned: overwritten by each run.
+
+    `moving`: tensors at whose places others of the same shape, strides and dtype may stand in another run.
+    """
+
+    def __init__(self, recorder: _Recorder, result: Any):
+        self.result, self.kept = result, recorder.kept
+        self.calls = [args for _, args in recorder.launches]
+        addresses = [
+            ctypes.cast(getattr(library(), f"quamba_{op}"), ctypes.c_void_p).value for op, _ in recorder.launches
+        ]
+        pairs = [Launch(op, ctypes.addressof(args)) for op, args in zip(addresses, self.calls, strict=True)]
+        self.launches = (Launch * len(pairs))(*pairs)
+        self.slots = recorder.slots()
+        self.bound = [tensor.data_ptr() for tensor in recorder.moving]
+        self._replay = partial(library().quamba_replay, ctypes.byref(self.launches), ctypes.c_int64(len(pairs)))
+
+    def run(self, moving: Sequence[Tensor]) -> Any:
+        """Make the calls, with `moving` at the places of those recorded; returns `result`."""
+        places = [tensor.data_ptr() for tensor in moving]
+        if places != self.bound:
+            for args, field, which, offset in self.slots:
+                setattr(args, field, places[which] + offset)
+            self.bound = places
+        check_status("replay", self._replay())
+        return self.result
+
+
+def record(
+    function: Callable[[], Any], inputs: Sequence[Tensor], moving: Sequence[Tensor]
+) -> tuple[Any, Recording | str]:
+    """Call `function` and return its result, with a recording of it, or with the reason why there is none.
+
+    inputs, moving: the tensors outside the function whose contents, or also places, change between runs. The result is
+    good either way; the next run of the recording overwrites it.
+    """
+    recorder = _Recorder(inputs, moving)
+    before, listening.to = listening.to, recorder
+    try:
+        with recorder:
+            result = function()
+    finally:
+        listening.to = before
+    return result, recorder.problem or Recording(recorder, result)
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, inputs: Sequence[Tensor], moving: Sequence[Tensor]):
+        super().__init__()
+        self.moving = list(moving)
+        self.kept: list[Tensor] = [*inputs, *moving]
+        self.varying: dict[int, int] = {}  # start of a storage -> its end
+        self.launches: list[tuple[str, ctypes.Structure]] = []
+        self.problem = ""
+        for tensor in self.kept:
+            self._vary(tensor)
+
+    # What library.call tells.
+
+    def keep(self, tensor: Tensor) -> None:
+        self.kept.append(tensor)
+
+    def note(self, op: str, args: ctypes.Structure) -> None:
+        for field in self._written(args):
+            if not self._varies(getattr(args, field)):
+                self._fail(f"{op} writes where something constant stands")
+        self.launches.append((op, args))
+
+    @staticmethod
+    def _written(args: ctypes.Structure) -> list[str]:
+        names = [field[0] for field in args._fields_]
+        fields = [name for name in WRITTEN if name in names]
+        if "scale" in names and "codes" in names and not args.inv:
+            fields.append("scale")
+        return [name for name in fields if getattr(args, name)]
+
+    # What torch does meanwhile.
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        with self:  # under inference_mode composite operations come whole
+            out = func.decompose(*args, **kwargs)
+        if out is not NotImplemented:
+            return out
+        out = func(*args, **kwargs)
+        made = [t for t in (out if isinstance(out, list | tuple) else [out]) if isinstance(t, Tensor)]
+        self.kept += made
+        packet = func.overloadpacket
+        if packet in FRESH:
+            for tensor in made:
+                self._vary(tensor)
+            return out
+        read = [t for t in (*_flat(args), *_flat(kwargs.values())) if self._varies(t.data_ptr())]
+        if not read:
+            return out
+        if packet in COPIES:
+            source = args[1] if packet is aten.copy_ else args[0]
+            self._elementwise(0, source, None, made[0])
+        elif packet in BINARY and len(args) == 2 and not kwargs and isinstance(args[1], Tensor):
+            self._elementwise(BINARY[packet], args[0], args[1], made[0])
+        elif not made or func._schema.is_mutable or not all(self._varies(t.data_ptr()) for t in made):
+            self._fail(str(packet))  # a view shares the memory of what it shows
+        return out
+
+    def _elementwise(self, op: int, a: Tensor, b: Tensor | None, y: Tensor) -> None:
+        self._vary(y)
+        tensors = [t for t in (a, b, y) if t is not None]
+        if any(t.dtype not in KINDS for t in tensors) or y.dim() > _AXES or (y.dtype == torch.int8 != a.dtype):
+            self._fail(f"{op} on {[str(t.dtype) for t in tensors]}")
+            return
+        if y.numel() == 0:
+            return
+        args = ElementwiseArgs(a=a.data_ptr(), b=None if b is None else b.data_ptr(), y=y.data_ptr(), op=op)
+        args.a_kind, args.b_kind, args.y_kind = (KINDS[t.dtype] if t is not None else 0 for t in (a, b, y))
+        args.threads = threads()
+        for name, t in (("a", a), ("b", b), ("y", y)):
+            if t is not None:
+                self.kept.append(t)
+                strides = t.expand(y.shape).stride()
+                for axis, stride in enumerate(strides, _AXES - y.dim()):
+                    setattr(args, f"{name}_stride{axis}", stride)
+        for axis in range(_AXES):
+            setattr(args, f"size{axis}", 1 if axis < _AXES - y.dim() else y.shape[axis - _AXES + y.dim()])
+        self.launches.append(("elementwise", args))
+
+    def _fail(self, why: str) -> None:
+        self.problem = self.problem or why
+
+    def _vary(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self.varying[storage.data_ptr()] = storage.data_ptr() + storage.nbytes()
+
+    def _varies(self, address: int) -> bool:
+        return any(start <= address < end for start, end in self.varying.items())
+
+    def slots(self) -> list[tuple[ctypes.Structure, str, int, int]]:
+        """Where a moving tensor stands: (structure, field, which, bytes from its first entry)."""
+        found = []
+        for _, args in self.launches:
+            for field, kind, *_ in args._fields_:
+                if kind is ctypes.c_void_p and (address := getattr(args, field)):
+                    for which, tensor in enumerate(self.moving):
+                        if 0 <= address - tensor.data_ptr() < tensor.numel() * tensor.element_size():
+                            found.append((args, field, which, address - tensor.data_ptr()))
+        return found
+
+
+def _flat(values: Any) -> list[Tensor]:
+    """The tensors among arguments, also those in lists."""
+    return [t for v in values for t in (v if isinstance(v, list | tuple) else (v,)) if isinstance(t, Tensor)]
