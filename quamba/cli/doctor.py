@@ -21,8 +21,8 @@ def doctor_command(
 ) -> None:
     """Say what MODEL is, what loading it repairs, and what is wrong with it.
 
-    Reads headers, then tensors one at a time, then tries the model out on a few tokens. Exit code 0: healthy, 1: it loads
-    with repairs, 2: broken.
+    Reads headers, then tensors one at a time, then tries the model out on a few tokens, which includes saving a copy of it
+    to the temporary folder ($TMPDIR) and loading that. Exit code 0: healthy, 1: it loads with repairs, 2: broken.
     """
     from quamba.doctor import diagnose
 

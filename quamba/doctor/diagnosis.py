@@ -58,14 +58,16 @@ def diagnose(model: str, *, run: bool = True, verify: bool = False, tokenizer: s
 
     Never raises for what is wrong with the model; the diagnosis says it.
     """
-    from quamba.formats import find, load_tokenizer, open_checkpoint, summarize
+    from quamba.formats import check_hashes, find, load_tokenizer, open_checkpoint, summarize
 
     found = Diagnosis(model)
     try:
         find(model)  # before anything heavy is imported
-        checkpoint = open_checkpoint(model, verify=verify)
-    except (QuambaError, OSError) as error:
-        found.broken.append(Finding(str(error)))
+        checkpoint = open_checkpoint(model)
+        if verify and checkpoint.layout == "quamba":
+            check_hashes(checkpoint.folder)
+    except Exception as error:
+        found.broken.append(_finding(error))
         return found
     from quamba.doctor.run import try_out
     from quamba.doctor.tensors import examine
@@ -73,19 +75,27 @@ def diagnose(model: str, *, run: bool = True, verify: bool = False, tokenizer: s
 
     found.model, found.repairs = checkpoint.location.name, checkpoint.repairs.to_list()
     found.facts = summarize(checkpoint)
-    examine(checkpoint, found)
+    if verify and checkpoint.layout != "quamba":
+        found.notes.append(Finding("nothing to verify: only quamba's own artifacts record hashes of their files"))
     try:
+        examine(checkpoint, found)
         words = load_tokenizer(model, tokenizer, required=False)
         if words is None:
             found.notes.append(Finding("it has no tokenizer; name one with --tokenizer where text is read or written"))
         elif len(words) > checkpoint.config.vocab_size:
             what = f"the tokenizer has {len(words)} tokens, the model {checkpoint.config.vocab_size}: it is another model's"
             found.broken.append(Finding(what))
-    except (QuambaError, OSError) as error:
-        found.broken.append(Finding(str(error)))
+    except Exception as error:
+        found.broken.append(_finding(error))
     if run and not found.broken:
         try:
             try_out(build(checkpoint), found)
-        except (QuambaError, OSError) as error:
-            found.broken.append(Finding(str(error)))
+        except Exception as error:
+            found.broken.append(_finding(error))
     return found
+
+
+def _finding(error: Exception) -> Finding:
+    """What a message for people says, or else what kind of surprise it was."""
+    known = isinstance(error, QuambaError | OSError)
+    return Finding(str(error) if known else f"reading it ends with {type(error).__name__}: {error}")

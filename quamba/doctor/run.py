@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quamba.doctor.diagnosis import Check, Diagnosis
+from quamba.doctor.diagnosis import Check, Diagnosis, Finding
 
 Outcome = tuple[bool, str]  # whether it went well, and a clause
 TOKENS = 24
@@ -26,6 +26,9 @@ def try_out(model: Any, found: Diagnosis) -> None:
     for name, check in CHECKS.items():
         try:
             passed, detail = check(model)
+        except OSError as error:  # of the disk, which says nothing about the model
+            found.notes.append(Finding(f"{name} wasn't tried: {error}"))
+            continue
         except Exception as error:  # whatever this model's numbers and settings make torch stumble over
             passed, detail = False, f"it ends with {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         found.checks.append(Check(name, passed, detail))

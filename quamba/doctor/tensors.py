@@ -9,9 +9,10 @@ from torch import Tensor
 
 from quamba.doctor.diagnosis import Diagnosis, Finding
 from quamba.errors import CheckpointError
-from quamba.formats.checkpoint import Checkpoint, is_finite
+from quamba.formats.checkpoint import EMBEDDING, Checkpoint, is_finite
 
 SMALLEST_SCALE, LARGEST_SCALE = 1e-12, 1e4
+NOT_POSITIVE = "scales that are zero or negative"
 SATURATED = 0.05
 """Share of int8 codes at their limits. A scale from the largest entry puts a handful there; one too small, many."""
 
@@ -19,6 +20,7 @@ SATURATED = 0.05
 def examine(checkpoint: Checkpoint, found: Diagnosis) -> None:
     """Add what is wrong with the values of a checkpoint's tensors; the same in several tensors is one finding."""
     problems: dict[str, list[str]] = {}
+    rows = f"{EMBEDDING}_scale"
     for name in checkpoint.files.entries:
         try:
             (tensor,) = checkpoint.files.read([name]).values()
@@ -26,6 +28,9 @@ def examine(checkpoint: Checkpoint, found: Diagnosis) -> None:
             found.broken.append(Finding(str(error), (name,)))
             continue
         for what in _problems(name, tensor):
+            if name == rows and what == NOT_POSITIVE and checkpoint.layout == "published quamba":
+                found.notes.append(Finding(f"the embedding's rows have {what}, as the published code makes them"))
+                continue
             problems.setdefault(what, []).append(name)
     found.broken += [Finding(what, tuple(names)) for what, names in problems.items()]
 
@@ -41,7 +46,7 @@ def _problems(name: str, tensor: Tensor) -> Iterator[str]:
     if scale and tensor.is_floating_point():
         size = tensor.float()
         if bool((size < SMALLEST_SCALE).any()):
-            yield "scales that are zero or negative"
+            yield NOT_POSITIVE
         if bool((size > LARGEST_SCALE).any()):
             yield f"scales beyond {LARGEST_SCALE:g}"
     elif tensor.ndim > 1 and not bool(tensor.any()):

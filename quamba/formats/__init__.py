@@ -18,6 +18,7 @@ _HOME = {
     "save_model": "load",
     "find": "location",
     "locate": "location",
+    "check_hashes": "artifact",
     "bits": "summary",
     "summarize": "summary",
     "copy_tokenizer": "tokenizer",
@@ -28,6 +29,7 @@ __all__ = [
     "ArtifactWriter",
     "Checkpoint",
     "bits",
+    "check_hashes",
     "checkpoint_of",
     "convert",
     "copy_tokenizer",
@@ -43,7 +45,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from quamba.formats.artifact import ArtifactWriter, expected_tensors, is_artifact
+    from quamba.formats.artifact import ArtifactWriter, check_hashes, expected_tensors, is_artifact
     from quamba.formats.checkpoint import Checkpoint, checkpoint_of, open_checkpoint
     from quamba.formats.conversion import convert
     from quamba.formats.load import load_model, save_model

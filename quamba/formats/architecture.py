@@ -53,16 +53,26 @@ class Readings:
         return value
 
     def settle(
-        self, found: Any, tensor: str, readings: Mapping[str, Any], default: Any = None, shown: str | None = None
+        self,
+        found: Any,
+        tensor: str,
+        readings: Mapping[str, Any],
+        default: Any = None,
+        *,
+        what: str = "",
+        shown: str | None = None,
     ) -> Any:
         """A size that the tensors give. `readings`: name in the config -> what it makes this size; `default`: what the
-        layout assumes where the config says nothing; `shown`: how a refusal tells what was found."""
+        layout assumes where the config says nothing; `what`: the size's name; `shown`: how a refusal tells what was
+        found."""
         wrong = {name: value for name, value in readings.items() if value != found}
         inside = _BLOCK.sub("", tensor)  # the same in several blocks is one repair of several tensors
         tensors = () if inside == tensor else (tensor,)
         if not readings and default is not None and default != found:
             self.repairs.add(
-                f"the config doesn't say what {inside} shows: {found}, not the usual {default}", _TENSORS, *tensors
+                f"the config doesn't say {what or 'this size'}; {inside} shows {found}, not the usual {default}",
+                _TENSORS,
+                *tensors,
             )
         elif wrong and len(wrong) == len(readings):
             said = " and ".join(f"{name} = {value!r}" for name, value in wrong.items())
@@ -90,10 +100,15 @@ def settle_architecture(
     read = Readings(config, repairs)
     embedding = _shape(shapes, "backbone.embedding.weight", 2)
     rows, hidden = embedding
-    read.settle(hidden, "the embedding", read.all("hidden_size", "d_model", "dim"), defaults.get("hidden_size"))
+    widths = read.all("hidden_size", "d_model", "dim")
+    read.settle(hidden, "the embedding", widths, defaults.get("hidden_size"), what="d_model")
     layers = _layers(shapes)
     read.settle(
-        layers, "the number of blocks", read.all("num_hidden_layers", "n_layer", "n_layers"), defaults.get("layers")
+        layers,
+        "the number of blocks",
+        read.all("num_hidden_layers", "n_layer", "n_layers"),
+        defaults.get("layers"),
+        what="n_layer",
     )
     blocks = [_block(read, shapes, f"backbone.layers.{i}.", hidden, defaults) for i in range(layers)]
     return QuambaConfig(
@@ -101,7 +116,7 @@ def settle_architecture(
         hidden_size=hidden,
         blocks=blocks,
         layer_norm_epsilon=_epsilon(read, 1e-5, "layer_norm_epsilon"),
-        residual_in_fp32=bool(read.first(True, "residual_in_fp32")),
+        residual_in_fp32=_flag(read.first(True, "residual_in_fp32"), "residual_in_fp32"),
         tie_word_embeddings=_tied(read, shapes, defaults),
         head_bias="lm_head.bias" in shapes,
         pad_token_id=config.get("pad_token_id"),
@@ -117,7 +132,7 @@ def _vocabulary(read: Readings, rows: int, defaults: Mapping[str, Any]) -> int:
     if size is None or size == rows:
         return rows
     multiple = read.config.get("pad_vocab_size_multiple", defaults["pad_vocab_size_multiple"])
-    if not isinstance(size, int) or not isinstance(multiple, int) or size < 1 or multiple < 1:
+    if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in (size, multiple)):
         raise CheckpointError(f"vocab_size = {size} padded to a multiple of {multiple} is no size")
     if rows != math.ceil(size / multiple) * multiple:
         if not size < rows < size + 512:
@@ -139,7 +154,7 @@ def _tied(read: Readings, shapes: Shapes, defaults: Mapping[str, Any]) -> bool:
         return tied
     if said and not tied:
         names = " and ".join(f"{name} = {value}" for name, value in said.items())
-        raise CheckpointError(f"tensors are missing: lm_head.weight (by the config, {names}, the head is no embedding)")
+        raise CheckpointError(f"1 tensor is missing: lm_head.weight (by the config, {names}, the head is no embedding)")
     if not (tied and all(said.values())):
         read.repairs.add(
             "there is no lm_head.weight; the embedding serves as head", "a model without a head is a tied one"
@@ -160,7 +175,9 @@ def _layers(shapes: Shapes) -> int:
 def _shape(shapes: Shapes, name: str, dims: int) -> tuple[int, ...]:
     shape = shapes.get(name)
     if shape is None:
-        raise CheckpointError(f"tensors are missing: {name}")
+        firsts = sorted({other.split(".")[0] for other in shapes} - {"backbone", "lm_head"})
+        strange = f" (some names begin with {', '.join(firsts[:3])})" if firsts else ""
+        raise CheckpointError(f"1 tensor is missing: {name}{strange}")
     if len(shape) != dims or not all(shape):
         raise CheckpointError(f"{name} has the impossible shape {list(shape)}")
     return shape
@@ -177,7 +194,13 @@ def _block(read: Readings, shapes: Shapes, prefix: str, hidden: int, defaults: M
     said = {name: str(value).lower() for name, value in layer.items()}
     if "family" in defaults:
         said["model_type"] = defaults["family"]
-    read.settle(family, f"{prefix}mixer", said, "mamba1" if "ssm_cfg" in read.config and not said else None)
+    read.settle(
+        family,
+        f"{prefix}mixer",
+        said,
+        "mamba1" if "ssm_cfg" in read.config and not said else None,
+        what="ssm_cfg.layer",
+    )
     args = (_mamba1 if mamba1 else _mamba2)(read, shapes, f"{prefix}mixer.", hidden, defaults)
     mlp = None
     if f"{prefix}mlp.fc2.weight" in shapes:
@@ -187,7 +210,7 @@ def _block(read: Readings, shapes: Shapes, prefix: str, hidden: int, defaults: M
         mlp = {"intermediate_size": width}
     elif any(read.all("d_intermediate").values()):
         raise CheckpointError(
-            f"tensors are missing: {prefix}mlp.fc1.weight, with d_intermediate = {read.config['d_intermediate']}"
+            f"1 tensor is missing: {prefix}mlp.fc1.weight, with d_intermediate = {read.config['d_intermediate']}"
         )
     return {"mixer": family, "args": args, "mlp": mlp}
 
@@ -199,39 +222,50 @@ def _epsilon(read: Readings, default: float, name: str) -> float:
     return float(value)
 
 
-def _switch(read: Readings, shapes: Shapes, tensor: str, *names: str) -> bool:
-    """Whether a tensor is there."""
+def _flag(value: Any, name: str) -> bool:
+    if not isinstance(value, bool):
+        raise CheckpointError(f"{name} = {value!r} is neither true nor false")
+    return value
+
+
+def _switch(read: Readings, shapes: Shapes, tensor: str, usual: bool, *names: str) -> bool:
+    """Whether a tensor is there. One that is usual may have been lost, so that its absence must be said."""
     found = tensor in shapes
     readings = {name: bool(value) for name, value in read.all(*names).items()}
-    return read.settle(found, tensor, readings, shown=f"but {tensor} is {'there' if found else 'missing'}")
+    if usual and not found and not readings:
+        raise CheckpointError(f"1 tensor is missing: {tensor} (a model without it says {names[-1]} = false)")
+    shown = f"but {tensor} is {'there' if found else 'missing'}"
+    return read.settle(found, tensor, readings, usual, shown=shown, what=names[-1])
 
 
 def _taps(read: Readings, shapes: Shapes, at: str) -> int:
     taps = _shape(shapes, f"{at}conv1d.weight", 3)[2]
-    return read.settle(taps, f"{at}conv1d.weight", read.all("conv_kernel", "ssm_cfg.d_conv"), 4)
+    return read.settle(taps, f"{at}conv1d.weight", read.all("conv_kernel", "ssm_cfg.d_conv"), 4, what="d_conv")
 
 
 def _biases(read: Readings, shapes: Shapes, at: str) -> dict[str, bool]:
     return {
-        "use_bias": _switch(read, shapes, f"{at}in_proj.bias", "use_bias", "ssm_cfg.bias"),
-        "use_conv_bias": _switch(read, shapes, f"{at}conv1d.bias", "use_conv_bias", "ssm_cfg.conv_bias"),
+        "use_bias": _switch(read, shapes, f"{at}in_proj.bias", False, "use_bias", "ssm_cfg.bias"),
+        "use_conv_bias": _switch(read, shapes, f"{at}conv1d.bias", True, "use_conv_bias", "ssm_cfg.conv_bias"),
     }
 
 
 def _inner(read: Readings, inner: int, at: str, hidden: int, *names: str) -> None:
-    readings = {
-        f"{name} * {hidden}": int(value * hidden) for name, value in read.all("expand", "ssm_cfg.expand").items()
-    }
-    read.settle(inner, f"{at}out_proj.weight", readings | read.all(*names), 2 * hidden)
+    readings = {}
+    for name, value in read.all("expand", "ssm_cfg.expand").items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
+            raise CheckpointError(f"{name} = {str(value)[:50]} is no factor")
+        readings[f"{name} * {hidden}"] = int(value * hidden)
+    read.settle(inner, f"{at}out_proj.weight", readings | read.all(*names), 2 * hidden, what="expand")
 
 
 def _mamba1(read: Readings, shapes: Shapes, at: str, hidden: int, defaults: Mapping[str, Any]) -> dict[str, Any]:
     inner, states = _shape(shapes, f"{at}A_log", 2)
     _inner(read, inner, at, hidden, "intermediate_size")
-    read.settle(states, f"{at}A_log", read.all("state_size", "ssm_cfg.d_state"), 16)
+    read.settle(states, f"{at}A_log", read.all("state_size", "ssm_cfg.d_state"), 16, what="d_state")
     rank = _shape(shapes, f"{at}dt_proj.weight", 2)[1]
     ranks = {name: value for name, value in read.all("time_step_rank", "ssm_cfg.dt_rank").items() if value != "auto"}
-    read.settle(rank, f"{at}dt_proj.weight", ranks, math.ceil(hidden / 16))
+    read.settle(rank, f"{at}dt_proj.weight", ranks, math.ceil(hidden / 16), what="dt_rank")
     args: dict[str, Any] = {
         "intermediate_size": inner,
         "state_size": states,
@@ -251,8 +285,8 @@ def _mamba2(read: Readings, shapes: Shapes, at: str, hidden: int, defaults: Mapp
         raise CheckpointError(f"{at}out_proj.weight has {inner} columns, which {heads} heads (dt_bias) can't share")
     width = inner // heads
     _inner(read, inner, at, hidden, "ssm_cfg.d_ssm")
-    read.settle(heads, f"{at}dt_bias", read.all("num_heads"), defaults.get("num_heads"))
-    read.settle(width, f"{at}dt_bias", read.all("head_dim", "ssm_cfg.headdim"), 64)
+    read.settle(heads, f"{at}dt_bias", read.all("num_heads"), defaults.get("num_heads"), what="num_heads")
+    read.settle(width, f"{at}dt_bias", read.all("head_dim", "ssm_cfg.headdim"), 64, what="headdim")
     groups, states = _groups_and_states(read, _shape(shapes, f"{at}conv1d.weight", 3)[0] - inner, at, defaults)
     hdim = _shape(shapes, f"{at}D", 1)[0] == inner != heads
     args = {
@@ -268,8 +302,8 @@ def _mamba2(read: Readings, shapes: Shapes, at: str, hidden: int, defaults: Mapp
         **dt_limits(read.first((0.0, math.inf), "time_step_limit", "ssm_cfg.dt_limit", meaning=dt_limits)),
     }
     if defaults["native"]:
-        args["D_has_hdim"] = read.settle(hdim, f"{at}D", read.all("ssm_cfg.D_has_hdim"), False)
-        args["rms_norm"] = _switch(read, shapes, f"{at}norm.weight", "ssm_cfg.rmsnorm")
+        args["D_has_hdim"] = read.settle(hdim, f"{at}D", read.all("ssm_cfg.D_has_hdim"), False, what="D_has_hdim")
+        args["rms_norm"] = _switch(read, shapes, f"{at}norm.weight", True, "ssm_cfg.rmsnorm")
         args["norm_before_gate"] = read.first(False, "ssm_cfg.norm_before_gate")
     else:
         args["norm_epsilon"] = _epsilon(read, 1e-5, "layer_norm_epsilon")
@@ -295,6 +329,6 @@ def _groups_and_states(read: Readings, both: int, at: str, defaults: Mapping[str
             f"by {at}conv1d.weight groups * states = {both / 2:g}"
         )
     g, s = right.pop()
-    read.settle(g, f"{at}conv1d.weight", groups, defaults["n_groups"])
-    read.settle(s, f"{at}conv1d.weight", states, defaults["state_size"])
+    read.settle(g, f"{at}conv1d.weight", groups, defaults["n_groups"], what="ngroups")
+    read.settle(s, f"{at}conv1d.weight", states, defaults["state_size"], what="d_state")
     return g, s

@@ -146,7 +146,7 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def verify(folder: Path) -> None:
+def check_hashes(folder: Path) -> None:
     """Every shard against the hash that was recorded when it was written. Raises CheckpointError naming the shard."""
     try:
         hashes = json.loads((folder / INDEX).read_text(encoding="utf-8"))["metadata"]["sha256"]

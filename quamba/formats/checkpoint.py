@@ -29,6 +29,8 @@ _LAYOUTS: dict[str, Any] = {
     "mamba_ssm": mamba_ssm,
 }
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.|model\.)+(?=(?:backbone|lm_head|embeddings?|layers|norm_f)\.)")
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_BODY = re.compile(r"^(?:embeddings?|layers|norm_f)\.")
 _PRECISE = ("A_log", "mixer.D", "dt_bias", "dt_proj.bias")  # held in float32 whatever the model's dtype
 
 
@@ -91,7 +93,7 @@ def open_checkpoint(
     if strict:
         found.repairs.refuse()
     if verify:
-        artifact.verify(location.path)
+        artifact.check_hashes(location.path)
     return found
 
 
@@ -109,7 +111,7 @@ def checkpoint_of(model: Any) -> Checkpoint:
     if transformers.matches(data) and "norm_groups" not in data:
         data |= transformers.live_facts(model)
     kind = f"the configuration of {type(model).__name__}"
-    found = _identify(Location(Path(), Path(name).name), data, kind, lambda _: LiveTensors(model.state_dict()), False)
+    found = _identify(Location(Path(), Path(name).name), data, kind, lambda *_: LiveTensors(model.state_dict()), False)
     return dataclasses.replace(found, live=model)
 
 
@@ -122,17 +124,23 @@ def _identify(location: Location, data: dict[str, Any], config_file: str, open_f
             "mamba-ssm's or transformers' layout, FalconMamba, the published Quamba's, and quamba's own artifacts"
         )
     layout, repairs = _LAYOUTS[name], Repairs(location.name)
-    files: Tensors = open_files(location.path)
+    files: Tensors = open_files(location.path, name == "quamba")
+    if leftover := getattr(files, "leftover", ""):
+        repairs.add(f"{leftover} is left over: there is a single file beside it", "transformers reads that one, too")
+    if exact and not any(ours.endswith(".s_channel") for ours in files.entries):
+        raise CheckpointError(
+            f"{location.name} has no int4 weights with two levels of scales: nothing to import exactly"
+        )
     try:
         if name == "quamba":
             config = layout.read_config(data)
         elif name == "published quamba":
-            config, files = published.read(data, files, repairs, exact)
+            config, files = published.read(data, _unwrapped(data, files, repairs), repairs, exact)
         else:
             view = _our_names(layout, data, files, repairs)
             shapes = {ours: entry.shape for ours, entry in view.entries.items()}
             config, files = layout.read_config(data, shapes, repairs), view
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, MemoryError, IndexError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, MemoryError, RuntimeError) as error:
         raise CheckpointError(f"{config_file} can't be understood: {type(error).__name__}: {error}") from error
     except QuambaError as error:
         raise CheckpointError(f"{config_file}: {error}") from error
@@ -152,8 +160,8 @@ def is_finite(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in tensor.aminmax())
 
 
-def _our_names(layout: Any, data: dict[str, Any], files: Tensors, repairs: Repairs) -> View:
-    """The files' tensors by our names: without wrappers' prefixes, and with `backbone.` where only the body was saved."""
+def _unwrapped(data: dict[str, Any], files: Tensors, repairs: Repairs) -> View:
+    """The files' tensors without wrappers' prefixes, and with `backbone.` where only the body was saved."""
     view = View(files)
     plain = {theirs: _WRAPPERS.sub("", theirs) for theirs in files.entries}
     bare = not any(name.startswith("backbone.") for name in plain.values())
@@ -163,15 +171,25 @@ def _our_names(layout: Any, data: dict[str, Any], files: Tensors, repairs: Repai
             repairs.add(
                 f"names begin with {prefix!r}, which is left out", "a wrapper's prefix; what follows is unchanged"
             )
-        if bare and not name.startswith("lm_head."):
+        if bare and _BODY.match(name):
             name = f"backbone.{name}"
             repairs.add(
                 "names lack the prefix backbone.", "only the body of the model was saved; its names are complete"
             )
+        if name in view.entries:
+            raise CheckpointError(f"{theirs} and {view.sources[name][0][0]} both stand for {name}")
+        view.add(name, theirs)
+    return view
+
+
+def _our_names(layout: Any, data: dict[str, Any], files: Tensors, repairs: Repairs) -> View:
+    """The files' tensors by our names."""
+    view, files = View(files), _unwrapped(data, files, repairs)
+    for name, ((theirs,), _) in files.sources.items():
         ours = layout.rename(name)
         if ours in view.entries:
             other = view.sources[ours][0][0]
-            if not _equal(files, theirs, other):
+            if not _equal(view.files, theirs, other):
                 raise CheckpointError(f"{theirs} and {other} both stand for {ours}, and they differ")
             repairs.add(f"{theirs} and {other} both stand for {ours}; one is left out", "they are equal", ours)
             continue
@@ -193,6 +211,8 @@ def _settle_head(
     if not config.tie_word_embeddings or HEAD not in files.entries or EMBEDDING not in files.entries:
         return
     same = _equal(files, HEAD, EMBEDDING)
+    if not same and not all(is_finite(tensor) for tensor in files.read([HEAD, EMBEDDING]).values()):
+        raise CheckpointError(f"{location.name}: head or embedding holds NaN or infinite values")
     said = {name: bool(data[name]) for name in TIES if data.get(name) is not None}
     if same:
         del files.entries[HEAD]
@@ -264,5 +284,7 @@ def _check(location: Location, config: QuambaConfig, files: Tensors, repairs: Re
             raise CheckpointError(
                 f"{location.name}: {name} has shape {list(entry.shape)}; by config.json it should be {list(shape)}"
             )
+        if entry.dtype.is_floating_point and entry.dtype not in _FLOATS:
+            raise CheckpointError(f"{location.name}: {name} is stored as {entry.dtype}, in which nothing here computes")
         if (exact and entry.dtype != dtype) or entry.dtype.is_floating_point != dtype.is_floating_point:
             raise CheckpointError(f"{location.name}: {name} is stored as {entry.dtype}; expected {dtype}")

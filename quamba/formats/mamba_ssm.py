@@ -17,7 +17,8 @@ _LAYERS = ("Mamba1", "Mamba2")
 
 def matches(config: dict[str, Any]) -> bool:
     codestral = "dim" in config and "n_layers" in config
-    return codestral or ("model_type" not in config and ("d_model" in config or "n_layer" in config))
+    own = config.get("model_type") in (None, "mamba_ssm") and not str(config.get("architectures")).count("ForCausalLM")
+    return codestral or (own and ("d_model" in config or "n_layer" in config))
 
 
 def rename(name: str) -> str:
@@ -25,9 +26,8 @@ def rename(name: str) -> str:
     return "backbone.embedding.weight" if name == "backbone.embeddings.weight" else name
 
 
-def read_config(config: dict[str, Any], shapes: Shapes, repairs: Repairs) -> QuambaConfig:
-    """Keys absent from older files take mamba-ssm's own defaults."""
-    ssm = config.get("ssm_cfg") or {}
+def check_supported(config: dict[str, Any], ssm: dict[str, Any]) -> None:
+    """CheckpointError for what the layout can say and no model here can be."""
     layer = ssm.get("layer", "Mamba1")
     if layer not in _LAYERS:
         raise CheckpointError(f"the model's layers are {layer}; this version reads {' and '.join(_LAYERS)}")
@@ -36,6 +36,12 @@ def read_config(config: dict[str, Any], shapes: Shapes, repairs: Repairs) -> Qua
             raise CheckpointError(f"the config has {key} = {config[key]}; this version reads {key} = {fine} only")
     if ssm.get("activation", "swish") not in ("swish", "silu"):
         raise CheckpointError(f"ssm_cfg has activation = {ssm['activation']}; only swish (silu) is supported")
+
+
+def read_config(config: dict[str, Any], shapes: Shapes, repairs: Repairs) -> QuambaConfig:
+    """Keys absent from older files take mamba-ssm's own defaults."""
+    ssm = config.get("ssm_cfg") or {}
+    check_supported(config, ssm)
     if "dim" in config:  # Codestral: always Mamba2
         config = config | {"ssm_cfg": {"layer": "Mamba2"} | ssm, "pad_vocab_size_multiple": 1}
     defaults = {"tied": "dim" not in config, "pad_vocab_size_multiple": 8, "n_groups": 1, "state_size": 128}

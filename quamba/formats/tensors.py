@@ -37,8 +37,10 @@ class TensorFiles:
     or contradictory files before any tensor is read.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, prefer_index: bool = False):
+        """prefer_index: of an index and a single file beside it, which transformers would read, take the index."""
+        self.folder, self.prefer_index = folder, prefer_index
+        self.leftover = ""
         self.entries: dict[str, Entry] = {}
         self.metadata: dict[str, dict[str, str]] = {}
         self._unpickled: dict[Path, dict[str, Tensor]] = {}  # memory-mapped, unless of a torch before 1.6
@@ -60,9 +62,11 @@ class TensorFiles:
             ("pytorch_model.bin", "pytorch_model.bin.index.json"),
             ("consolidated.safetensors", "consolidated.safetensors.index.json"),
         ):
-            if (self.folder / index).is_file():
+            one, several = (self.folder / single).is_file(), (self.folder / index).is_file()
+            if several and (self.prefer_index or not one):
                 return self._indexed(self.folder / index)
-            if (self.folder / single).is_file():
+            if one:
+                self.leftover = index if several else ""
                 return [self.folder / single]
         raise CheckpointError(
             f"{self.folder} holds no weights: expected model.safetensors or pytorch_model.bin, or one of their index files"
@@ -166,7 +170,11 @@ class View:
                 found[name] = theirs[sources[0]]
                 continue
             entry = self.entries[name]
-            found[name] = function(*(theirs[source] for source in sources)).to(entry.dtype).reshape(entry.shape)
+            try:
+                made = function(*(theirs[source] for source in sources))
+                found[name] = made.to(entry.dtype).reshape(entry.shape)
+            except RuntimeError as error:
+                raise CheckpointError(f"{', '.join(sources)} can't become {name}: {error}") from error
         return found
 
     @property

@@ -29,9 +29,19 @@ def _before(version: str, limit: tuple[int, int]) -> bool:
     return found is not None and (int(found[1]), int(found[2])) < limit
 
 
+_CLASSES = {"MambaForCausalLM": "mamba", "Mamba2ForCausalLM": "mamba2", "FalconMambaForCausalLM": "falcon_mamba"}
+
+
+def _kind(config: dict[str, Any]) -> str | None:
+    """The model_type, or what the class that is named has."""
+    kind, classes = config.get("model_type"), config.get("architectures")
+    if kind is None and isinstance(classes, list) and classes:
+        kind = _CLASSES.get(str(classes[0]))
+    return kind if isinstance(kind, str) and kind in _FAMILIES else None
+
+
 def matches(config: dict[str, Any]) -> bool:
-    kind = config.get("model_type")
-    return isinstance(kind, str) and kind in _FAMILIES and "dim" not in config
+    return _kind(config) is not None and "dim" not in config
 
 
 def live_facts(model: Any) -> dict[str, Any]:
@@ -58,5 +68,5 @@ def read_config(config: dict[str, Any], shapes: Shapes, repairs: Repairs) -> Qua
             "later versions of each by itself; it is read the second way",
             "so the model was made for mamba-ssm; if it was trained with that version, put norm_groups = 1 into config.json",
         )
-    defaults = {"pad_vocab_size_multiple": 1, "native": False} | _FAMILIES[config["model_type"]]
+    defaults = {"pad_vocab_size_multiple": 1, "native": False} | _FAMILIES[str(_kind(config))]
     return settle_architecture(config, shapes, defaults, repairs)

@@ -355,7 +355,7 @@ def test_limits_are_read_and_checked():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"d_intermediate": 128}, "tensors are missing: backbone.layers.0.mlp.fc1.weight"),
+        ({"d_intermediate": 128}, "1 tensor is missing: backbone.layers.0.mlp.fc1.weight"),
         ({"ssm_cfg": {"headdim": 24}}, "by the config ssm_cfg.headdim = 24, by .*dt_bias 16"),
         ({"ssm_cfg": {"headdim": 0}}, "by the config ssm_cfg.headdim = 0, by .*dt_bias 16"),
         ({"ssm_cfg": {"headdim": -16}}, "by the config ssm_cfg.headdim = -16, by .*dt_bias 16"),

@@ -8,225 +8,245 @@ import torch
 from torch import Tensor
 
 from quamba.errors import CheckpointError
-from quamba.formats.limits import dt_limits
-from quamba.formats.published.source import INT8, INT8_SPLIT, STATIC, Source, input_scale
+from quamba.formats.published.linear import INT8, INT8_SPLIT, INTEGER, input_alias, inputs_of, precision, read_linear
+from quamba.formats.published.source import STATIC, TOKEN, Alias, Source
 from quamba.plan import BlockPlan, Rotation, SiteSpec, WeightSpec
 
 
 class PublishedBlock:
-    def __init__(self, source: Source, index: int, hidden: int, ssm: dict[str, Any]):
-        self.source, self.hidden, self.ssm = source, hidden, ssm
+    """`shapes` says what the block is; `read`, given the settled sizes, adds its tensors to the view."""
+
+    def __init__(self, source: Source, index: int):
+        self.source = source
         self.ours = f"backbone.layers.{index}."
-        self.theirs, self.norm = self._places(index)
+        self.theirs, self.norm = self._places()
         self.sites: dict[str, SiteSpec] = {}
         self.weights: dict[str, WeightSpec] = {}
+        names = [n[len(self.theirs) :].split(".")[0] for n in source.files.entries if n.startswith(self.theirs)]
+        self.mamba1 = not {"x_proj", "dt_proj", "selective_scan"}.isdisjoint(names)
+        self.precision = precision(source, f"{self.theirs}in_proj")
+        self.integer = self.precision in INTEGER
+        self.scan = self.theirs + (("selective_scan." if self.mamba1 else "qchunk_scan.") if self.integer else "")
 
-    def _places(self, index: int) -> tuple[str, str]:
+    def _places(self) -> tuple[str, str]:
         """Where mixer and norm lie: models of mixed precision keep them under the name of theirs."""
-        at = f"backbone.layers.{index}."
+        at = self.ours
         modes = {n[len(at) :].split(".")[1] for n in self.source.files.entries if n.startswith(f"{at}mixers.")}
         if len(modes) > 1:
             raise CheckpointError(
-                f"block {index} holds mixers of several precisions ({', '.join(sorted(modes))}): one is needed"
+                f"{at[:-1]} holds mixers of several precisions ({', '.join(sorted(modes))}): one is needed"
             )
         mode = modes.pop() if modes else None
         return (f"{at}mixers.{mode}.", f"{at}norms.{mode}.") if mode else (f"{at}mixer.", f"{at}norm.")
 
-    def read(self) -> tuple[dict[str, Any], BlockPlan]:
-        source, m = self.source, self.theirs
-        source.copy(f"{self.ours}norm.weight", f"{self.norm}weight")
-        mamba1 = source.has(f"{m}x_proj.weight")
-        integer = not source.has(f"{m}in_proj.scale")
-        if integer:
-            site = f"{self.ours}scales.mixer_in"
-            self.sites["mixer_in"] = input_scale(source, f"{self.norm}output_scale", site, f"{m}in_proj")
-        args = (self._mamba1 if mamba1 else self._mamba2)(integer)
-        width = args["intermediate_size"] if mamba1 else args["num_heads"] * args["head_dim"]
-        if integer:
-            self._static("out_proj_in", f"{m}had.x_H_scale", f"{m}out_proj.a", f"{m}out_proj.input_scale")
-        self.weights["out_proj"] = source.linear(f"{self.ours}mixer.out_proj", f"{m}out_proj", self.hidden)
-        plan = BlockPlan(self.sites, self.weights, {"out_proj": rotation(width)})
-        return {"mixer": "mamba1" if mamba1 else "mamba2", "args": args, "mlp": None}, plan
+    def shapes(self, hidden: int) -> dict[str, tuple[int, ...]]:
+        """The shapes that a float block of these sizes would have, by our names."""
+        source, m, at = self.source, self.theirs, f"{self.ours}mixer."
+        conv = source.entry(f"{m}conv1d.weight").shape
+        found: dict[str, tuple[int, ...]] = {
+            f"{at}conv1d.weight": (conv[0], 1, conv[-1]),
+            f"{at}out_proj.weight": (hidden, inputs_of(source, f"{m}out_proj")),
+        }
+        if self.mamba1:
+            dt_proj = source.entry(f"{m}dt_proj.weight").shape
+            found[f"{at}x_proj.weight"] = (0, 0)
+            found[f"{at}A_log"] = A = tuple(source.entry(f"{self.scan}A_log").shape)
+            found[f"{at}dt_proj.weight"] = (A[0], dt_proj[0 if self.integer else -1])
+        else:
+            found |= {f"{at}{name}": tuple(source.entry(f"{self.scan}{name}").shape) for name in ("dt_bias", "D")}
+        for name in ("conv1d.bias", "norm.weight", "in_proj.bias"):
+            if source.has(f"{m}{name}"):
+                found[f"{at}{name}"] = tuple(source.files.entries[f"{m}{name}"].shape)
+        return found
 
-    def _static(self, site: str, *names: str) -> Tensor:
-        scale = torch.tensor(self.source.scale(*names))
+    def read(self, args: dict[str, Any], hidden: int) -> BlockPlan:
+        source, m = self.source, self.theirs
+        self.args = args
+        inner = args["intermediate_size"] if self.mamba1 else args["num_heads"] * args["head_dim"]
+        source.copy(f"{self.ours}norm.weight", f"{self.norm}weight", hidden)
+        out = (self._mamba1 if self.mamba1 else self._mamba2)(inner)
+        place = f"{self.ours}mixer."
+        site = f"{self.ours}scales.mixer_in"
+        split = out is not None and source.has(f"{m}in_proj.b") and source.entry(f"{m}in_proj.b").shape[-1] != 1
+        single = 1.0 if out is None or split else float(out[0])
+        mixer_in = input_site(source, f"{self.norm}output_scale", site, f"{m}in_proj", single)
+        self.sites |= {} if mixer_in.is_float else {"mixer_in": mixer_in}
+        rows = 2 * inner if self.mamba1 else inner + self._channels(inner) + args["num_heads"]
+        self.weights["in_proj"] = read_linear(source, f"{place}in_proj", f"{m}in_proj", hidden, rows, out)
+        if self.integer:
+            self._static("out_proj_in", f"{m}had.x_H_scale", input_alias(source, f"{m}out_proj"))
+        self.weights["out_proj"] = read_linear(source, f"{place}out_proj", f"{m}out_proj", inner, hidden)
+        return BlockPlan(self.sites, self.weights, {"out_proj": rotation(inner)})
+
+    def _channels(self, inner: int) -> int:
+        """Of the convolution."""
+        return inner if self.mamba1 else inner + 2 * self.args["n_groups"] * self.args["state_size"]
+
+    def _static(self, site: str, *aliases: str | Alias) -> Tensor:
+        scale = torch.tensor(self.source.scale(*aliases))
         self.source.constant(f"{self.ours}scales.{site}", scale)
         self.sites[site] = STATIC
         return scale
 
-    def _grouped(self, site: str, scales: Tensor, groups: Tensor) -> None:
+    def _grouped(self, site: str, name: str, scales: Tensor, groups: Tensor) -> None:
         """scales `[groups]` or `[groups, N]`; groups: that of each channel."""
+        self.source.positive(name, scales[groups.unique()].flatten())
         self.source.constant(f"{self.ours}scales.{site}", scales)
         self.source.constant(f"{self.ours}scales.{site}_group", groups.to(torch.int16))
         self.sites[site] = SiteSpec(8, "static", "group", scales.shape[0])
 
-    def _linear(self, name: str, outputs: int, out: Tensor | None = None) -> None:
-        place = f"{self.ours}mixer.{name}"
-        self.weights[name] = self.source.linear(place, f"{self.theirs}{name}", outputs, out)
+    def _vector(self, name: str, ours: str, theirs: str, scale: str, *shape: int) -> None:
+        """A small parameter: int8 with one scale, or float."""
+        source, place = self.source, f"{self.ours}mixer.{ours}"
+        if source.entry(theirs).dtype != torch.int8:
+            source.copy(place, theirs, *shape)
+            return
+        source.expect(theirs, torch.int8, *shape)
+        source.make(place, shape, torch.int8, lambda x: x, theirs)
+        source.constant(f"{place}_scale", torch.tensor(source.one(scale)))
+        self.weights[name] = INT8
 
-    def _vector(self, name: str, ours: str, theirs: str, scale: str) -> None:
-        spec = self.source.vector(f"{self.ours}mixer.{ours}", f"{self.theirs}{theirs}", f"{self.theirs}{scale}")
-        if not spec.is_float:
-            self.weights[name] = spec
-
-    def _mamba1(self, integer: bool) -> dict[str, Any]:
-        source, m = self.source, self.theirs
-        scan = f"{m}selective_scan." if integer else m
-        inner, states = source.entry(f"{scan}A_log").shape
-        # integer: [R, I] with padded I; float: [I, R]
-        rank = source.entry(f"{m}dt_proj.weight").shape[0 if integer else 1]
-        z = None
-        if integer:
-            conv_in = self._static("conv_in", f"{m}conv1d.input_scale", f"{scan}z_scale")
-            z = self._static("z", f"{scan}z_scale", f"{m}conv1d.input_scale")
-            self._static("x", f"{scan}u_scale", f"{m}conv1d.output_scale")
-            x_proj = self._static("x_proj_out", f"{scan}B_scale", f"{scan}C_scale")
+    def _mamba1(self, inner: int) -> Tensor | None:
+        """All but in_proj and out_proj; the scales of in_proj's outputs, if they are integer."""
+        source, m, scan, states = self.source, self.theirs, self.scan, self.args["state_size"]
+        rank, place = self.args["time_step_rank"], f"{self.ours}mixer."
+        out, x_proj, dt = None, None, None
+        if self.integer:
+            both = (f"{scan}z_scale", f"{m}conv1d.input_scale")
+            conv_in, z = self._static("conv_in", *reversed(both)), self._static("z", *both)
             dt = self._static("dt", f"{scan}dt_scale")
+            dt_proj = input_alias(source, f"{m}dt_proj", float(dt))
+            x_proj = self._static("x_proj_out", f"{scan}B_scale", f"{scan}C_scale", dt_proj)
+            projection = input_alias(source, f"{m}x_proj", float(x_proj))
+            self._static("x", f"{scan}u_scale", f"{m}conv1d.output_scale", projection)
             self._static("state", f"{scan}ssm_state_scale")
-            self._linear("in_proj", 2 * inner, torch.cat([conv_in.expand(inner), z.expand(inner)]))
-            self._linear("x_proj", rank + 2 * states, x_proj)
-            self._linear("dt_proj", inner, dt)
-        else:
-            self._linear("in_proj", 2 * inner)
-            self._linear("x_proj", rank + 2 * states)
-            source.copy(f"{self.ours}mixer.dt_proj.weight", f"{m}dt_proj.weight")
-        taps = self._conv(inner)
-        bias = "dt_bias" if integer else "dt_proj_bias"
-        self._vector("dt_bias", "dt_proj.bias", f"{scan}{bias}".removeprefix(m), f"{scan}dt_bias_scale".removeprefix(m))
-        self._vector("A_log", "A_log", f"{scan}A_log".removeprefix(m), f"{scan}A_scale".removeprefix(m))
-        self._vector("D", "D", f"{scan}D".removeprefix(m), f"{scan}D_scale".removeprefix(m))
-        return {
-            "intermediate_size": inner,
-            "state_size": states,
-            "conv_kernel": taps,
-            "time_step_rank": rank,
-            "use_bias": False,
-            "use_conv_bias": source.has(f"{m}conv1d.bias"),
-        }
+            out = torch.cat([conv_in.expand(inner), z.expand(inner)])
+        for name, inputs, outputs, scale in (
+            ("x_proj", inner, rank + 2 * states, x_proj),
+            ("dt_proj", rank, inner, dt),
+        ):
+            self.weights[name] = read_linear(source, f"{place}{name}", f"{m}{name}", inputs, outputs, scale)
+        self._conv(inner)
+        bias = f"{scan}dt_bias" if self.integer else f"{m}dt_proj_bias"
+        self._vector("dt_bias", "dt_proj.bias", bias, f"{scan}dt_bias_scale", inner)
+        self._vector("A_log", "A_log", f"{scan}A_log", f"{scan}A_scale", inner, states)
+        self._vector("D", "D", f"{scan}D", f"{scan}D_scale", inner)
+        return out
 
-    def _conv(self, channels: int) -> int:
+    def _conv(self, channels: int) -> None:
         """One scale for all of the convolution's weights, another for its biases (Mamba1), or float."""
-        source, ours, theirs = self.source, f"{self.ours}mixer.conv1d", f"{self.theirs}conv1d"
-        weight = source.entry(f"{theirs}.weight")
-        shape = (channels, 1, weight.shape[-1])
-        source.make(f"{ours}.weight", shape, weight.dtype, lambda w: w, f"{theirs}.weight")
-        if not weight.dtype.is_floating_point:
-            source.make(f"{ours}.weight_scale", (), torch.float32, lambda s: s, f"{theirs}.weight_scale")
-            self.weights["conv1d"] = INT8
-        if source.has(f"{theirs}.bias"):
-            spec = source.vector(f"{ours}.bias", f"{theirs}.bias", f"{theirs}.bias_scale")
-            self.weights |= {} if spec.is_float else {"conv_bias": spec}
-        return weight.shape[-1]
+        source, theirs = self.source, f"{self.theirs}conv1d"
+        shape = (channels, 1, self.args["conv_kernel"])
+        self._vector("conv1d", "conv1d.weight", f"{theirs}.weight", f"{theirs}.weight_scale", *shape)
+        source.known(f"{theirs}.bias_scale")
+        if self.args["use_conv_bias"]:
+            self._vector("conv_bias", "conv1d.bias", f"{theirs}.bias", f"{theirs}.bias_scale", channels)
 
-    def _mamba2(self, integer: bool) -> dict[str, Any]:
-        source, m = self.source, self.theirs
-        scan = f"{m}qchunk_scan." if integer else m
-        (heads,) = source.entry(f"{scan}dt_bias").shape
-        out_proj = source.entry(f"{m}out_proj.weight")
-        inner = out_proj.shape[0] if out_proj.dtype == torch.int8 else out_proj.shape[0] * 16
-        channels = source.entry(f"{m}conv1d.weight").shape[0]
-        groups = self.ssm.get("ngroups", 1)
-        if source.has(f"{m}conv1d.B_out_scales"):
-            groups = (
-                max(source.entry(f"{m}conv1d.B_out_scales").shape or (1,), default=1) if self._is_grouped() else groups
-            )
-        both = channels - inner
-        if groups < 1 or both < 2 or both % (2 * groups) or inner % heads or heads % groups:
-            raise CheckpointError(
-                f"{m}: {channels} channels of the convolution, {inner} of the scan, {heads} heads and {groups} groups don't fit"
-            )
-        states, width = both // 2 // groups, inner // heads
-        sizes = [inner, inner, both // 2, both // 2, heads]
+    def _mamba2(self, inner: int) -> Tensor | None:
+        """All but in_proj and out_proj; the scales of in_proj's outputs, if they are integer."""
+        source, m, scan, args = self.source, self.theirs, self.scan, self.args
+        heads, width = args["num_heads"], args["n_groups"] * args["state_size"]
         out = None
-        if integer:
+        if self.integer:
             z = self._static("z", f"{m}norm.z_scale")
             dt = self._static("dt", f"{scan}dt_scale")
             conv = torch.tensor([source.scale(f"{m}conv1d.{part}_scale") for part in "xBC"])
-            which = torch.repeat_interleave(torch.arange(3), torch.tensor(sizes[1:4]))
-            self._grouped("conv_in", conv, which)
+            which = torch.repeat_interleave(torch.arange(3), torch.tensor([inner, width, width]))
+            self._grouped("conv_in", f"{m}conv1d.x_scale", conv, which)
             out = torch.cat([z.expand(inner), conv[which], dt.expand(heads)])
-            self._scan_scales(scan, heads, width, groups, states)
-        self._linear("in_proj", sum(sizes), out)
-        taps = self._split_conv(sizes[1:4]) if integer else self._conv(channels)
-        for name in ("dt_bias", "A_log", "D"):
-            self._vector(name, name, f"{scan}{name}".removeprefix(m), f"{scan}{name}_scale".removeprefix(m))
-        source.copy(f"{self.ours}mixer.norm.weight", f"{m}norm.weight")
-        return {
-            "num_heads": heads,
-            "head_dim": width,
-            "state_size": states,
-            "n_groups": groups,
-            "norm_groups": groups,
-            "conv_kernel": taps,
-            "chunk_size": self.ssm.get("chunk_size", 256),
-            "use_bias": False,
-            "use_conv_bias": source.has(f"{m}conv1d.bias"),
-            "norm_before_gate": self.ssm.get("norm_before_gate", False),
-        } | dt_limits(self.ssm.get("dt_limit", (0.0, float("inf"))))
+            self._scan_scales(inner)
+            self._split_conv([inner, width, width])
+        else:
+            self._conv(self._channels(inner))
+        for name, shape in (("dt_bias", heads), ("A_log", heads), ("D", heads)):
+            self._vector(name, name, f"{scan}{name}", f"{scan}{name}_scale", shape)
+        source.copy(f"{self.ours}mixer.norm.weight", f"{m}norm.weight", inner)
+        return out
 
-    def _is_grouped(self) -> bool:
-        return self.source.has(f"{self.theirs}conv1d.x_head_group_range")
-
-    def _scan_scales(self, scan: str, heads: int, width: int, groups: int, states: int) -> None:
+    def _scan_scales(self, inner: int) -> None:
         """x, B, C and the state: for four groups of channels in each of four groups of heads of an SSD group, or one."""
-        source, conv = self.source, f"{self.theirs}conv1d."
-        for site, names in (
-            ("B", (f"{conv}B_out_scales", f"{scan}B_scale")),
-            ("C", (f"{conv}C_out_scales", f"{scan}C_scale")),
-        ):
-            name = names[0] if source.has(names[0]) else names[1]
-            scales = source.values(name)
-            if len(scales) == 1 and not self._is_grouped():
-                self._static(site, *names)
-            else:
-                source.same(name, names[1])
-                self._grouped(site, scales, torch.arange(groups * states) // states)
-        if not self._is_grouped():
+        source, conv, scan = self.source, f"{self.theirs}conv1d.", self.scan
+        groups, states = self.args["n_groups"], self.args["state_size"]
+        ends = [source.either(f"{conv}x_{part}_group_range", f"{scan}x_{part}_group_range") for part in ("head", "dim")]
+        grouped = any(source.has(name) for name in ends)
+        for site in ("B", "C"):
+            if not grouped:
+                self._static(site, f"{conv}{site}_out_scales", f"{scan}{site}_scale")
+                continue
+            name = source.either(f"{conv}{site}_out_scales", f"{scan}{site}_scale")
+            self._grouped(site, name, source.values(name, groups), torch.arange(groups * states) // states)
+        if not grouped:
             self._static("x", f"{conv}x_out_scales", f"{scan}x_scales")
             self._static("state", f"{scan}ssm_state_scale")
             return
-        for ours, twin in (("x_out_scales", "x_scales"), *((f"x_{part}_group_range",) * 2 for part in ("head", "dim"))):
-            source.same(f"{conv}{ours}", f"{scan}{twin}")
-        x, ends = source.entry(f"{conv}x_out_scales"), source.entry(f"{conv}x_dim_group_range")
-        _, head_groups, channel_groups = ends.shape
-        if tuple(x.shape) != tuple(ends.shape):
+        name = source.either(f"{conv}x_out_scales", f"{scan}x_scales")
+        shape = source.entry(ends[1]).shape
+        if len(shape) != 3 or shape[0] != groups:
             raise CheckpointError(
-                f"{conv}x_out_scales and x_dim_group_range have the shapes {list(x.shape)} and {list(ends.shape)}"
+                f"{ends[1]} has shape {list(shape)}; expected [{groups}, groups of heads, of channels]"
             )
-        heads_end = source.values(f"{conv}x_head_group_range").view(groups, head_groups)
-        channels_end = source.values(f"{conv}x_dim_group_range").view(groups, head_groups, channel_groups)
-        if not bool((heads_end[:, -1] == heads // groups).all() and (channels_end[..., -1] == width).all()):
-            raise CheckpointError(
-                f"{conv}x_head_group_range and x_dim_group_range don't end at the last head and channel"
-            )
-        index = torch.empty(heads, width, dtype=torch.int64)
-        for head in range(heads):
-            group, place = divmod(head, heads // groups)
-            cluster = int(torch.searchsorted(heads_end[group].contiguous(), float(place), right=True))
-            channel = torch.searchsorted(
-                channels_end[group, cluster].contiguous(), torch.arange(width).float(), right=True
-            )
-            index[head] = (group * head_groups + cluster) * channel_groups + channel
-        self._grouped("x", source.values(f"{conv}x_out_scales"), index.flatten())
-        state = source.values(f"{scan}ssm_state_scale").view(-1, states)
-        self._grouped("state", state, index.flatten())
+        index = self._clusters(ends, *shape).flatten()
+        self._grouped("x", name, source.values(name, *shape), index)
+        state = source.values(f"{scan}ssm_state_scale", *shape, states).view(-1, states)
+        self._grouped("state", f"{scan}ssm_state_scale", state, index)
 
-    def _split_conv(self, sizes: list[int]) -> int:
+    def _clusters(self, names: list[str], groups: int, clusters: int, parts: int) -> Tensor:
+        """Of each head's each channel the number of its group `[H, P]`; the file says where groups end."""
+        heads, width = self.args["num_heads"] // groups, self.args["head_dim"]
+        heads_end = self._ends(names[0], heads, groups, clusters)
+        dims_end = self._ends(names[1], width, groups, clusters, parts)
+        index = torch.empty(groups, heads, width, dtype=torch.int64)
+        for group in range(groups):
+            cluster = torch.searchsorted(heads_end[group], torch.arange(heads), right=True)
+            for head, which in enumerate(cluster.tolist()):
+                part = torch.searchsorted(dims_end[group, which], torch.arange(width), right=True)
+                index[group, head] = (group * clusters + which) * parts + part
+        return index
+
+    def _ends(self, name: str, last: int, *shape: int) -> Tensor:
+        self.source.expect(name, torch.int32, *shape)
+        ends = self.source.files.read([name])[name].long().view(shape).contiguous()
+        if bool((ends < 0).any() or (ends.diff() < 0).any() or (ends[..., -1] != last).any()):
+            raise CheckpointError(f"{name} doesn't hold ascending ends of groups, the last of them {last}")
+        return ends
+
+    def _split_conv(self, sizes: list[int]) -> None:
         """x, B and C have scales of their own, for weights and for biases."""
         source, ours, theirs = self.source, f"{self.ours}mixer.conv1d", f"{self.theirs}conv1d"
-        channels, taps = source.entry(f"{theirs}.weight").shape
-        source.make(f"{ours}.weight", (channels, 1, taps), torch.int8, lambda w: w, f"{theirs}.weight")
-        counts = torch.tensor(sizes)
-        spread = lambda *scales: torch.cat([s.float().flatten() for s in scales]).repeat_interleave(counts)  # noqa: E731
-        names = [f"{theirs}.w{part}_scale" for part in "xBC"]
-        source.make(f"{ours}.weight_scale", (channels,), torch.float32, spread, *names)
-        self.weights["conv1d"] = INT8_SPLIT
-        if source.has(f"{theirs}.bias"):
-            source.copy(f"{ours}.bias", f"{theirs}.bias")
-            names = [f"{theirs}.b{part}_scale" for part in "xBC"]
-            source.make(f"{ours}.bias_scale", (channels,), torch.float32, spread, *names)
-            self.weights["conv_bias"] = INT8_SPLIT
-        return taps
+        channels, taps, counts = sum(sizes), self.args["conv_kernel"], torch.tensor(sizes)
+        biases = [f"{theirs}.b{part}_scale" for part in "xBC"]
+        source.known(*biases)
+        entries: list[tuple[str, str, tuple[int, ...], list[str]]]
+        entries = [("conv1d", "weight", (channels, 1, taps), [f"{theirs}.w{part}_scale" for part in "xBC"])]
+        if self.args["use_conv_bias"]:
+            entries.append(("conv_bias", "bias", (channels,), biases))
+        for name, part, shape, places in entries:
+            source.expect(f"{theirs}.{part}", torch.int8, *shape)
+            source.make(f"{ours}.{part}", shape, torch.int8, lambda x: x, f"{theirs}.{part}")
+            scales = torch.tensor([source.one(place) for place in places])
+            source.constant(f"{ours}.{part}_scale", scales.repeat_interleave(counts))
+            self.weights[name] = INT8_SPLIT
+
+
+def input_site(source: Source, theirs: str, ours: str, projection: str, out: float = 1.0) -> SiteSpec:
+    """What a norm hands to a projection: floats, or integers with its static scale, or, if it has none, with one for each
+    token, as the published norm then finds itself. out: the projection's one output scale, if it has one."""
+    if precision(source, projection) not in INTEGER:
+        if source.has(theirs):
+            source.values(theirs)
+            source.repairs.add("a norm has a scale that nothing uses", "the projection behind it takes floats", theirs)
+        return SiteSpec()
+    alias = input_alias(source, projection, out)
+    if not source.has(theirs):
+        source.known(alias[0])
+        source.repairs.add(
+            "a norm in front of an integer projection has no static scale: every token gets its own",
+            "scales found from the values themselves never clip",
+            theirs,
+        )
+        return TOKEN
+    source.constant(ours, torch.tensor(source.scale(theirs, alias)))
+    return STATIC
 
 
 def rotation(width: int) -> Rotation:

@@ -353,11 +353,11 @@ def test_a_full_disk_doesnt_promise_what_convert_does_not_do(source, work, monke
         raise OSError(errno.ENOSPC, "full")
 
     monkeypatch.setattr(ArtifactWriter, "write", full)
-    error = bad(source, "out")
+    error = bad(source, work / "out")
     assert "no space left on the device" in error
     assert error.endswith("run the same command again")
     monkeypatch.undo()
-    good(source, "out")
+    good(source, work / "out")
 
 
 def test_a_tokenizer_that_nobody_named_and_nobody_can_fetch(monkeypatch):

@@ -56,11 +56,16 @@ def overlapping(folder):
     (folder / "model.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + b"\0" * 12)
 
 
-def index(**files):
+def as_index(content):
     def damage(folder):
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_bytes(content)
 
     return damage
+
+
+def index(**files):
+    return as_index(json.dumps({"weight_map": files}).encode())
 
 
 def evil_index(folder):
@@ -116,7 +121,7 @@ DAMAGES = {
         "by the config ssm_cfg.layer = 'mamba2', by backbone.layers.0.mixer 'mamba1'",
     ),
     "hybrid": (config(attn_layer_idx=[1]), r"attn_layer_idx = \[1\]; this version reads"),
-    "MLP": (config(d_intermediate=64), "tensors are missing: .*mlp.fc1.weight"),
+    "MLP": (config(d_intermediate=64), "1 tensor is missing: .*mlp.fc1.weight"),
     "layer norm": (config(rms_norm=False), "rms_norm = False"),
     "size in words": (config(d_model="wide"), "by the config d_model = 'wide', by the embedding 32"),
     "negative size": (config(d_model=-32), "by the config d_model = -32, by the embedding 32"),
@@ -138,7 +143,7 @@ DAMAGES = {
     "missing tensor": (tensors(lambda t: t.pop(NAME)), f"1 tensor is missing: {NAME}"),
     "missing embedding": (
         tensors(lambda t: t.pop("backbone.embedding.weight")),
-        "tensors are missing: backbone.embedding.weight",
+        "1 tensor is missing: backbone.embedding.weight",
     ),
     "extra tensor in a block": (
         tensors(lambda t: t.update({"backbone.layers.1.mixer.extra": torch.zeros(2)})),
@@ -174,9 +179,9 @@ DAMAGES = {
         index(a="absent.safetensors"),
         "lacks the file absent.safetensors that model.safetensors.index",
     ),
-    "index of numbers": (write("model.safetensors.index.json", b'{"weight_map": {"a": 1}}'), "no usable weight_map"),
-    "empty index": (write("model.safetensors.index.json", b'{"weight_map": {}}'), "no usable weight_map"),
-    "index without map": (write("model.safetensors.index.json", b"{}"), "no usable weight_map"),
+    "index of numbers": (index(a=1), "no usable weight_map"),
+    "empty index": (index(), "no usable weight_map"),
+    "index without map": (as_index(b"{}"), "no usable weight_map"),
     "pickled code": (as_bin({"a": Payload()}), "pytorch_model.bin can't be read as a file of weights"),
     "bare pickle": (as_bin(pickle.dumps(Payload())), "pytorch_model.bin can't be read as a file of weights"),
     "pickled numbers": (as_bin({"a": "b"}), "pytorch_model.bin: a is no plain tensor but str"),

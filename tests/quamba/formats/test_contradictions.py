@@ -113,7 +113,7 @@ CASES = {
         lose(f"{MIXER}D", f"{MIXER}in_proj.weight", f"{BLOCK}norm.weight", "backbone.norm_f.weight"),
         "4 tensors are missing: backbone.layers.0.mixer.D, .* and 1 more",
     ),
-    "the embedding missing": ("mamba", "mamba_ssm", lose(EMBEDDING), f"tensors are missing: {EMBEDDING}"),
+    "the embedding missing": ("mamba", "mamba_ssm", lose(EMBEDDING), f"1 tensor is missing: {EMBEDDING}"),
     "what tells the family missing": (
         "mamba",
         "mamba_ssm",

@@ -118,7 +118,10 @@ def codestral(tmp_path, prefix="model.", **changes):
 @pytest.mark.parametrize("less", [(), ("model_type", "rms_norm", "residual_in_fp32", "fused_add_norm")])
 def test_codestral(tmp_path, caplog, prefix, less):
     folder = codestral(tmp_path, prefix, **dict.fromkeys(less, ...))
-    unusual = ["mixer.dt_bias shows: 8, not the usual 64", "mixer.conv1d.weight shows: 16, not the usual 128"]
+    unusual = [
+        "headdim; mixer.dt_bias shows 8, not the usual 64",
+        "d_state; mixer.conv1d.weight shows 16, not the usual 128",
+    ]
     model = check(folder, truth("mamba2", **GROUPS)[1], caplog, unusual)
     assert not model.config.tie_word_embeddings
     args = model.config.blocks[1]["args"]

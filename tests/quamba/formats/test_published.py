@@ -240,7 +240,7 @@ def test_scales_that_must_agree_and_do_not_are_refused(tmp_path):
 
     _, folder = rewrite(tmp_path, change)
     with pytest.raises(
-        CheckpointError, match=r"two scales that must agree differ: .*u_scale = .*conv1d.output_scale ="
+        CheckpointError, match=r"two scales that must agree differ: .*u_scale = .*by .*conv1d.output_scale "
     ):
         QuambaLMHeadModel.from_pretrained(folder)
 
@@ -274,8 +274,16 @@ def test_config_without_the_quantization_keys(tmp_path):
 
 
 def test_unexpected_tensors_are_named(tmp_path):
-    _, folder = rewrite(tmp_path, lambda state: state.update({"backbone.layers.0.mixer.invented": torch.ones(3)}))
-    assert open_checkpoint(str(folder)).repairs.found[0].tensors == ("backbone.layers.0.mixer.invented",)
+    _, folder = rewrite(tmp_path, lambda state: state.update({"backbone.extra.output_scale": torch.ones(3)}))
+    assert open_checkpoint(str(folder)).repairs.found[0].tensors == ("backbone.extra.output_scale",)
+
+
+@pytest.mark.parametrize("name", ["mixer.invented", "foo.b", "mixer.in_proj.bias", "mlp.fc1.weight", "mixer.D.alpha"])
+def test_unexpected_tensors_inside_a_block_are_refused(tmp_path, name):
+    """Something would have to read them."""
+    _, folder = rewrite(tmp_path, lambda state: state.update({f"backbone.layers.0.{name}": torch.ones(3)}))
+    with pytest.raises(CheckpointError, match=rf"doesn't have: backbone.layers.0.{name}"):
+        open_checkpoint(str(folder))
 
 
 @pytest.mark.parametrize(("hidden", "order"), [(384, 12), (640, 40)])
