@@ -29,7 +29,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +62,6 @@ __all__ = [
     "w8a8_linear",
 ]
 
-T = TypeVar("T")
 BACKENDS = ("auto", "reference", "cpu")
 _forced = "auto"
 
@@ -127,11 +126,11 @@ def describe(device: torch.device | str = "cpu") -> str:
     return "torch reference kernels"
 
 
-def record(function: Callable[[], T], inputs: Sequence[Tensor], moving: Sequence[Tensor]) -> tuple[T, Any]:
+def record(function: Callable[[], Tensor], inputs: Sequence[Tensor], moving: Sequence[Tensor]) -> tuple[Tensor, Any]:
     """`function()`, and a recording of the kernel calls that it made, or a text that says why there is none.
 
-    The recording's `run(moving)` does them again on the same memory, without Python between them, and returns the same
-    tensors with new contents. inputs: the tensors outside the function whose contents change between runs; moving: those
+    The recording's `run(moving)` does them again on the same memory, without Python between them, and returns a new
+    result. inputs: the tensors outside the function whose contents change between runs; moving: those
     at whose places others of the same shape, strides and dtype may stand, such as states. All else that the function reads
     must stay as it is.
     """

@@ -27,12 +27,9 @@ _AXES = 4
 
 
 class Recording:
-    """Calls on fixed memory. `result` is what the recorded function returned: overwritten by each run.
+    """Calls on fixed memory, but for the tensors that move: those given, and the result, which is new in every run."""
 
-    `moving`: tensors at whose places others of the same shape, strides and dtype may stand in another run.
-    """
-
-    def __init__(self, recorder: _Recorder, result: Any):
+    def __init__(self, recorder: _Recorder, result: Tensor):
         self.result, self.kept = result, recorder.kept
         self.calls = [args for _, args in recorder.launches]
         addresses = [
@@ -40,28 +37,30 @@ class Recording:
         ]
         pairs = [Launch(op, ctypes.addressof(args)) for op, args in zip(addresses, self.calls, strict=True)]
         self.launches = (Launch * len(pairs))(*pairs)
-        self.slots = recorder.slots()
-        self.bound = [tensor.data_ptr() for tensor in recorder.moving]
+        moving = [*recorder.moving, result]
+        self.slots = [recorder.slots(tensor) for tensor in moving]
+        self.bound = [tensor.data_ptr() for tensor in moving]
         self._replay = partial(library().quamba_replay, ctypes.byref(self.launches), ctypes.c_int64(len(pairs)))
 
-    def run(self, moving: Sequence[Tensor]) -> Any:
-        """Make the calls, with `moving` at the places of those recorded; returns `result`."""
-        places = [tensor.data_ptr() for tensor in moving]
-        if places != self.bound:
-            for args, field, which, offset in self.slots:
-                setattr(args, field, places[which] + offset)
-            self.bound = places
+    def run(self, moving: Sequence[Tensor]) -> Tensor:
+        """Make the calls, with `moving` at the places of those recorded; returns a new result."""
+        result = torch.empty_like(self.result)
+        places = [*map(Tensor.data_ptr, moving), result.data_ptr()]
+        for place, bound, slots in zip(places, self.bound, self.slots, strict=True):
+            if place != bound:
+                for args, field, offset in slots:
+                    setattr(args, field, place + offset)
+        self.bound = places
         check_status("replay", self._replay())
-        return self.result
+        return result
 
 
 def record(
-    function: Callable[[], Any], inputs: Sequence[Tensor], moving: Sequence[Tensor]
-) -> tuple[Any, Recording | str]:
+    function: Callable[[], Tensor], inputs: Sequence[Tensor], moving: Sequence[Tensor]
+) -> tuple[Tensor, Recording | str]:
     """Call `function` and return its result, with a recording of it, or with the reason why there is none.
 
-    inputs, moving: the tensors outside the function whose contents, or also places, change between runs. The result is
-    good either way; the next run of the recording overwrites it.
+    inputs, moving: the tensors outside the function whose contents, or also places, change between runs.
     """
     recorder = _Recorder(inputs, moving)
     before, listening.to = listening.to, recorder
@@ -70,6 +69,7 @@ def record(
             result = function()
     finally:
         listening.to = before
+    recorder.check_result(result)
     return result, recorder.problem or Recording(recorder, result)
 
 
@@ -77,7 +77,8 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, inputs: Sequence[Tensor], moving: Sequence[Tensor]):
         super().__init__()
         self.moving = list(moving)
-        self.kept: list[Tensor] = [*inputs, *moving]
+        self.given = [*inputs, *moving]
+        self.kept: list[Tensor] = list(self.given)
         self.varying: dict[int, int] = {}  # start of a storage -> its end
         self.launches: list[tuple[str, ctypes.Structure]] = []
         self.problem = ""
@@ -162,15 +163,21 @@ class _Recorder(TorchDispatchMode):
     def _varies(self, address: int) -> bool:
         return any(start <= address < end for start, end in self.varying.items())
 
-    def slots(self) -> list[tuple[ctypes.Structure, str, int, int]]:
-        """Where a moving tensor stands: (structure, field, which, bytes from its first entry)."""
-        found = []
+    def check_result(self, result: Tensor) -> None:
+        own = [tensor.untyped_storage().data_ptr() for tensor in self.given]
+        if not self._varies(result.data_ptr()) or result.untyped_storage().data_ptr() in own:
+            self._fail("the result isn't made by the function")
+        if not result.is_contiguous():
+            self._fail("the result isn't contiguous")
+
+    def slots(self, tensor: Tensor) -> list[tuple[ctypes.Structure, str, int]]:
+        """Where a tensor stands: (structure, field, bytes from its first entry)."""
+        found, nbytes = [], tensor.numel() * tensor.element_size()
         for _, args in self.launches:
             for field, kind, *_ in args._fields_:
-                if kind is ctypes.c_void_p and (address := getattr(args, field)):
-                    for which, tensor in enumerate(self.moving):
-                        if 0 <= address - tensor.data_ptr() < tensor.numel() * tensor.element_size():
-                            found.append((args, field, which, address - tensor.data_ptr()))
+                address = getattr(args, field) if kind is ctypes.c_void_p else None
+                if address and 0 <= address - tensor.data_ptr() < nbytes:
+                    found.append((args, field, address - tensor.data_ptr()))
         return found
 
 
