@@ -230,6 +230,7 @@ class Bench:
         ]
         self.formats = [f for f in self.formats if f.engine not in missing]
         self.made = self.make(work / name)
+        say(f"{name}: measuring")
         for f in self.formats:
             if f.file in self.made["failed"]:
                 self.tell(f, self.made["failed"][f.file])
@@ -307,7 +308,7 @@ class Bench:
         """All that one format measures in one round."""
         process, first = self.process(format), self.options.prompt[0]
         prompts = list(self.options.prompt if threads == self.most and format.engine != "transformers" else [first])
-        if (self.name, format.key) == FLAT[:2] and threads == self.most:
+        if (self.name, format.key) == FLAT[:2] and threads == self.most and not self.options.quick:
             prompts += [length for length in FLAT[2] if length not in prompts]
         for length in prompts:
             if turn < self.rounds(length):
@@ -316,7 +317,14 @@ class Bench:
                 self.add(format, threads, f"prefill {length}", turn, prompt / found["prefill"], prompt)
                 if length == first:
                     self.add(format, threads, f"decode {self.options.decode}", turn, decode / found["decode"], decode)
-        _, decode = self.sizes(format, first)
+        if not (self.options.quick and turn):
+            self.rest(process, format, threads, turn)
+        if not self.resident:
+            self.stop(format)
+
+    def rest(self, process: Process, format: Format, threads: int, turn: int) -> None:
+        """What a quick run measures in its first round only."""
+        _, decode = self.sizes(format, self.options.prompt[0])
         seconds = process.ask("generate", threads=threads, decode=decode)["generate"]
         self.add(format, threads, f"generate {self.options.decode}", turn, decode / seconds, decode)
         if format.engine == "quamba" and format.name in INTEGER and threads == self.most:
@@ -325,8 +333,6 @@ class Bench:
             found = process.ask("reload", threads=threads)
             self.add(format, threads, "load", turn, found["load"])
             self.add(format, threads, "file", turn, found["file"])
-        if not self.resident:
-            self.stop(format)
 
 
 def rows_of(bench: Bench, probes: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -501,22 +507,27 @@ def absent(engines: list[str]) -> dict[str, str]:
 
 
 def main() -> None:
-    options = arguments()
+    options, started = arguments(), time.monotonic()
     missing = absent(options.engines)
     facts, rows, probes = machine(options), [], {}
     with contextlib.ExitStack() as stack:
         work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="quamba-bench-")))
         work.mkdir(parents=True, exist_ok=True)
+        probe(options, work, probes)
         for name in options.models:
-            bench = Bench(name, options, work, missing)
+            try:
+                bench = Bench(name, options, work, missing)
+            except Missing as error:
+                missing[name] = str(error)
+                continue
             stack.callback(bench.close)
-            probe(options, work, probes)
             bench.run()
             probe(options, work, probes)
             rows += rows_of(bench, probes)
             for key, found in bench.facts.items():
                 if "kernels" in found:
                     facts[f"kernels of {key.split()[0]}"] = found["kernels"]
+            facts["seconds taken"] = f"{time.monotonic() - started:.0f}"
             if options.json:
                 options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
             if options.markdown:
