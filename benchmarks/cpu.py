@@ -370,10 +370,12 @@ def rows_of(bench: Bench, probes: dict[int, dict[str, Any]]) -> list[dict[str, A
 
 
 def kept(samples: dict[int, float], phase: str) -> dict[int, float]:
-    """Without rounds at less than a third of the fastest: threads that wait for each other on one core, not arithmetic."""
-    if phase in UNITS or len(samples) < 3:
+    """Without rounds at less than a third of the fastest: threads that wait for each other on one core, not arithmetic.
+    All stay when that would be half of them or more: then the fastest is no measure."""
+    if phase in UNITS:
         return samples
-    return {turn: rate for turn, rate in samples.items() if rate > max(samples.values()) / 3}
+    fast = {turn: rate for turn, rate in samples.items() if rate > max(samples.values()) / 3}
+    return fast if 2 * len(fast) > len(samples) else samples
 
 
 def quotients(a: dict[int, float], b: dict[int, float]) -> list[float]:
@@ -401,6 +403,9 @@ def report(
             f"* probe, {threads} thread{'s' * (threads > 1)}: {peaks['read']:.1f} GB/s read, {peaks['peak']:.0f}e9 "
             f"operations/s ({peaks['what']}; by {peaks['by']})"
         )
+    rates = [row["spread"] for row in rows if row["tokens_per_s"]]
+    if wild := [spread for spread in rates if spread[1] > 2 * spread[0]]:
+        lines.append(f"* DISTURBED: in {len(wild)} of {len(rates)} rows the fastest round is over twice the slowest")
     lines += [f"* MISSING {name}: {why}" for name, why in missing.items()]
     lines += ["", *table([["bar", "wanted", "measured", ""], *[judged(bar, rows, max(probes)) for bar in BARS]])]
     for model, threads in dict.fromkeys((row["model"], row["threads"]) for row in rows):

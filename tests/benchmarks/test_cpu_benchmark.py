@@ -79,3 +79,4 @@ def test_a_round_that_stalled_is_left_out_and_ratios_stay_inside_a_round(script:
     assert script.kept(ours, "decode 128") == {0: 100.0, 2: 90.0}
     assert script.quotients(script.kept(ours, "decode 128"), theirs) == [2, 3]
     assert script.kept(ours, "load") == ours
+    assert script.kept(ours | {3: 4.0}, "decode 128") == ours | {3: 4.0}  # two of four: nobody knows which is right
