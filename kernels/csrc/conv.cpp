@@ -16,16 +16,21 @@ inline float value(const void *p, bool is_int8, int64_t i) {
     return is_int8 ? static_cast<float>(static_cast<const int8_t *>(p)[i]) : static_cast<const float *>(p)[i];
 }
 
+// `count` rows of `width` entries from p[at] on to `width` rows of BLOCK, zeros from `count` on.
+inline void turn(const void *p, bool is_int8, int64_t at, int64_t count, int64_t width, float *out) {
+    for (int64_t k = 0; k < width; ++k) {
+        for (int64_t c = 0; c < count; ++c) out[k * BLOCK + c] = value(p, is_int8, at + c * width + k);
+        for (int64_t c = count; c < BLOCK; ++c) out[k * BLOCK + c] = 0.0f;
+    }
+}
+
 // Channels c0 .. c0 + count of one sequence.
 void block(const quamba_conv_args &a, int64_t b, int64_t c0, int64_t count) {
     const int64_t past = a.taps - 1;
-    alignas(64) float weight[QUAMBA_MAX_TAPS * BLOCK] = {}, window[(QUAMBA_MAX_TAPS + TOKENS) * BLOCK] = {};
-    for (int64_t k = 0; k < a.taps; ++k)
-        for (int64_t c = 0; c < count; ++c) weight[k * BLOCK + c] = value(a.weight, a.is_int8, (c0 + c) * a.taps + k);
+    alignas(64) float weight[QUAMBA_MAX_TAPS * BLOCK], window[(QUAMBA_MAX_TAPS + TOKENS) * BLOCK];
     const int64_t state_at = (b * a.channels + c0) * past;
-    if (a.state)
-        for (int64_t k = 0; k < past; ++k)
-            for (int64_t c = 0; c < count; ++c) window[k * BLOCK + c] = value(a.state, a.is_int8, state_at + c * past + k);
+    turn(a.weight, a.is_int8, c0 * a.taps, count, a.taps, weight);
+    turn(a.state, a.is_int8, state_at, a.state ? count : 0, past, window);
 
     for (int64_t t0 = 0; t0 < a.length; t0 += TOKENS) {
         const int64_t tokens = a.length - t0 < TOKENS ? a.length - t0 : TOKENS;

@@ -7,6 +7,7 @@
 #include "ops.h"
 #include "parallel.h"
 #include "simd.h"
+#include "transpose.h"
 
 namespace quamba::QUAMBA_ISA {
 namespace {
@@ -66,7 +67,13 @@ void rows(const float *x, int64_t inputs, const Codes &codes, float *sums) {
 
 // `count` weight rows to 16 lanes, those from `count` on zero.
 void turn(const int8_t *weight, int64_t inputs, int64_t count, float *turned) {
-    for (int64_t k = 0; k < inputs; ++k)
+    const int64_t whole = count == LANES ? inputs / LANES * LANES : 0;
+    alignas(16) int8_t tile[LANES * LANES];
+    for (int64_t k0 = 0; k0 < whole; k0 += LANES) {
+        transpose16(weight + k0, inputs, tile);
+        for (int64_t k = 0; k < LANES; ++k) store(turned + (k0 + k) * LANES, load_integers(tile + k * LANES, LANES));
+    }
+    for (int64_t k = whole; k < inputs; ++k)
         for (int64_t n = 0; n < LANES; ++n) turned[k * LANES + n] = n < count ? weight[n * inputs + k] : 0.0f;
 }
 

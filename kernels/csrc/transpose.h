@@ -28,6 +28,22 @@ QUAMBA_INLINE void transpose4(const float *from, int64_t from_stride, float *to,
 }
 #undef QUAMBA_PICK
 
+// 16 x 16 bytes, rows `from_stride` apart, to rows of 16.
+inline void transpose16(const int8_t *from, int64_t from_stride, int8_t *to) {
+#if defined(__SSE2__)
+    __m128i r[16], s[16];
+    for (int i = 0; i < 16; ++i) r[i] = _mm_loadu_si128(reinterpret_cast<const __m128i *>(from + i * from_stride));
+    for (int stage = 0; stage < 4; ++stage) {  // each interleaves the first half of the rows with the second
+        for (int i = 0; i < 8; ++i) s[2 * i] = _mm_unpacklo_epi8(r[i], r[i + 8]), s[2 * i + 1] = _mm_unpackhi_epi8(r[i], r[i + 8]);
+        for (int i = 0; i < 16; ++i) r[i] = s[i];
+    }
+    for (int i = 0; i < 16; ++i) _mm_storeu_si128(reinterpret_cast<__m128i *>(to + i * 16), r[i]);
+#else
+    for (int i = 0; i < 16; ++i)
+        for (int j = 0; j < 16; ++j) to[j * 16 + i] = from[i * from_stride + j];
+#endif
+}
+
 // Lanes from `channels` on become 0.
 inline void to_lanes(const float *from, int64_t channels, int64_t width, float *to) {
     const int64_t whole = channels == LANES ? width / 4 * 4 : 0;
