@@ -5,12 +5,14 @@
 
 #include "ops.h"
 
+#ifdef QUAMBA_HAS_DOTPROD
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 namespace quamba {
 
-extern const Kernels kernels_portable;
-#ifdef QUAMBA_HAS_AVX2
-extern const Kernels kernels_avx2;
-#endif
+extern const Kernels kernels_portable, kernels_avx2, kernels_avxvnni, kernels_avx512, kernels_dotprod;
 
 namespace {
 
@@ -22,8 +24,21 @@ struct Variant {
 
 // Best first.
 const Variant variants[] = {
+#ifdef QUAMBA_HAS_AVX512
+    {"avx512", &kernels_avx512,
+     [] {
+         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+     }},
+#endif
+#ifdef QUAMBA_HAS_AVXVNNI
+    {"avxvnni", &kernels_avxvnni, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("avxvnni"); }},
+#endif
 #ifdef QUAMBA_HAS_AVX2
     {"avx2", &kernels_avx2, [] { return __builtin_cpu_supports("avx2") != 0; }},
+#endif
+#ifdef QUAMBA_HAS_DOTPROD
+    {"dotprod", &kernels_dotprod, [] { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }},
 #endif
     {"portable", &kernels_portable, [] { return true; }},
 };

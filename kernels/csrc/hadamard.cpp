@@ -30,7 +30,8 @@ void butterflies(float *x, int64_t n) {
             vf v;
             std::memcpy(&v, x + i, sizeof v);
             v = within<2>(within<1>(v));
-            if (WIDTH == 8) v = within<4>(v);
+            if (WIDTH > 4) v = within<4>(v);
+            if (WIDTH > 8) v = within<8>(v);
             std::memcpy(x + i, &v, sizeof v);
         }
         half = WIDTH;

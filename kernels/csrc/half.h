@@ -6,6 +6,8 @@
 
 namespace {
 
+typedef uint16_t vh __attribute__((vector_size(2 * QUAMBA_WIDTH)));
+
 QUAMBA_INLINE float from_bits(uint32_t bits) {
     float r;
     std::memcpy(&r, &bits, sizeof r);
@@ -53,14 +55,9 @@ QUAMBA_INLINE F16 load_half(const uint16_t *p, int64_t count) {
     }
     F16 r;
     for (int i = 0; i < PARTS; ++i) {
-#if defined(__AVX2__)
-        const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p + i * WIDTH));
-        r.part[i] = widen_half<KIND>((vi)_mm256_cvtepu16_epi32(eight));
-#else
-        vi bits;
-        for (int j = 0; j < WIDTH; ++j) bits[j] = p[i * WIDTH + j];
-        r.part[i] = widen_half<KIND>(bits);
-#endif
+        vh bits;
+        std::memcpy(&bits, p + i * WIDTH, sizeof bits);
+        r.part[i] = widen_half<KIND>(__builtin_convertvector(bits, vi));
     }
     return r;
 }

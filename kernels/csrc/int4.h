@@ -4,6 +4,10 @@
 #include "quamba_cpu.h"
 #include "simd.h"
 
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 namespace {
 
 // of[m][q]: the multiplier m times the code q, both as the bits that stand in memory.
@@ -31,6 +35,20 @@ QUAMBA_INLINE void look_up(const int8_t *table, const uint8_t *packed, int8_t *l
     look_up(table, packed, &l, &h);
     _mm_storeu_si128(reinterpret_cast<__m128i *>(low), l);
     _mm_storeu_si128(reinterpret_cast<__m128i *>(high), h);
+}
+#elif defined(__aarch64__)
+QUAMBA_INLINE void look_up(const int8_t *table, const uint8_t *packed, int8x16_t *low, int8x16_t *high) {
+    const int8x16_t t = vld1q_s8(table);
+    const uint8x16_t both = vld1q_u8(packed);
+    *low = vqtbl1q_s8(t, vandq_u8(both, vdupq_n_u8(15)));
+    *high = vqtbl1q_s8(t, vshrq_n_u8(both, 4));
+}
+
+QUAMBA_INLINE void look_up(const int8_t *table, const uint8_t *packed, int8_t *low, int8_t *high) {
+    int8x16_t l, h;
+    look_up(table, packed, &l, &h);
+    vst1q_s8(low, l);
+    vst1q_s8(high, h);
 }
 #else
 QUAMBA_INLINE void look_up(const int8_t *table, const uint8_t *packed, int8_t *low, int8_t *high) {

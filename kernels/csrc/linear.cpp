@@ -1,28 +1,30 @@
 // int8 x int8 linear on the stored row-major layout.
 //
-// A task is up to ROWS rows of x times a panel of weight rows: x is widened to int16 once per task, the weight on the fly.
-// Inside, tiles of up to MR x NR outputs keep their sums in registers. An int4 weight is expanded NR rows at a time, just
-// before their first use; a panel that meets several chunks of x is kept.
+// Few rows of x: products along the rows, the weight read once, from far away; int4 is expanded NR rows at a time, just before
+// their use. More rows: a task is a chunk of x times a panel of the weight, which a thread packs at its first chunk.
 #include "int4_row.h"
-#include "integer.h"
 #include "ops.h"
+#include "panel.h"
 #include "parallel.h"
-#include "simd.h"
 
 namespace quamba::QUAMBA_ISA {
 namespace {
 
-constexpr int64_t MR = 3, NR = 4;
-constexpr int64_t ROWS = 12;              // rows of x per task: 12 x 768 int16 stay in the first-level cache
-constexpr int64_t PANEL_BYTES = 192 << 10;  // of weight per task: stays in the second-level cache
-constexpr int64_t PANEL = 256;            // weight rows per task, at most
-constexpr int64_t AHEAD = 8;              // weight rows to prefetch ahead
-constexpr int64_t GRAIN = 1 << 17;        // products that are worth a thread
+// Rows of x up to which packing doesn't pay (measured with AVX2 and SSE2), unless they outgrow the second-level cache.
+constexpr int64_t FEW = sizeof(Code) == 2 && ACROSS == 8 ? 96 : 16, FEW_BYTES = 192 << 10, ALWAYS_FEW = 16;
+constexpr int64_t ROWS = 24;                // rows of x per task, when packed
+constexpr int64_t PANEL_BYTES = 256 << 10;  // of packed weight: stays in the second-level cache
+constexpr int64_t PANEL = 256;              // weight rows per task, at most
+constexpr int64_t FEW_PANEL = 64;           // for few rows of x: no more than keeps the threads equally busy
+constexpr int64_t AHEAD = 4096;             // bytes of weight to prefetch ahead
+constexpr int64_t GRAIN = 1 << 17;          // products that are worth a thread
+constexpr int64_t SUMS = ROWS * PANEL > FEW * FEW_PANEL ? ROWS * PANEL : FEW * FEW_PANEL;
+static_assert(ROWS % MP == 0 && ALWAYS_FEW <= FEW && PANEL % STRIP == 0 && FEW_PANEL % NR == 0 && STEP % PIECE == 0);
 
-// x: rows of `stride` int16 with zeros after `inputs`. sums[m * PANEL + n], m < M, n < NR; weight rows n >= count repeat
-// row count - 1 and their sums are garbage that the caller overwrites or ignores.
+// sums[m * FEW_PANEL + n], m < M, n < NR; x: rows of `stride` codes with zeros after `inputs`. Weight rows n >= count repeat row
+// count - 1 and their sums are garbage that the caller overwrites or ignores.
 template <int M>
-inline void tile(const int16_t *x, int64_t stride, const int8_t *weight, int64_t inputs, int64_t count, int32_t *sums) {
+inline void along(const Code *x, int64_t stride, const int8_t *weight, int64_t inputs, int64_t count, bool first, int32_t *sums) {
     const int8_t *w[NR];
     for (int64_t n = 0; n < NR; ++n) w[n] = weight + (n < count ? n : count - 1) * inputs;
     Wide acc[M][NR];
@@ -30,8 +32,8 @@ inline void tile(const int16_t *x, int64_t stride, const int8_t *weight, int64_t
         for (int n = 0; n < NR; ++n) acc[m][n] = zero();
     const int64_t whole = inputs / STEP * STEP;
     for (int64_t k = 0; k < whole; k += STEP) {
-        if (M == 1 && k % 64 == 0)  // weights come from far away, and the rows are too short for the hardware to guess
-            for (int n = 0; n < NR; ++n) __builtin_prefetch(w[n] + k + AHEAD * inputs);
+        if (first && k % 64 == 0)  // the rows are too short for the hardware to guess
+            for (int n = 0; n < NR; ++n) __builtin_prefetch(w[n] + k + AHEAD);
         for (int n = 0; n < NR; ++n) {
             const Wide b = widen(w[n] + k);
             for (int m = 0; m < M; ++m) {
@@ -48,20 +50,53 @@ inline void tile(const int16_t *x, int64_t stride, const int8_t *weight, int64_t
             const Wide b = widen(tail);
             for (int m = 0; m < M; ++m) acc[m][n] = multiply_add(acc[m][n], load_wide(x + m * stride + whole), b);
         }
-    for (int m = 0; m < M; ++m) store_sums(sums + m * PANEL, acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
+    for (int m = 0; m < M; ++m) store_sums(sums + m * FEW_PANEL, acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
 }
 
-void widen_rows(const int8_t *x, int64_t rows, int64_t inputs, int64_t stride, int16_t *out) {
+// The same for one row of x, weight row by weight row: memory is read in its order.
+inline void one(const Code *x, const int8_t *weight, int64_t inputs, int64_t count, int32_t *sums) {
+    constexpr int CHAINS = 4;  // sums side by side: an addition waits for the one before
+    Wide total[NR];
+    for (int64_t n = 0; n < NR; ++n) {
+        const int8_t *w = weight + (n < count ? n : count - 1) * inputs;
+        Wide acc[CHAINS];
+        for (int i = 0; i < CHAINS; ++i) acc[i] = zero();
+        int64_t k = 0;
+        for (; k + CHAINS * STEP <= inputs; k += CHAINS * STEP) {
+            for (int64_t i = 0; i < CHAINS * STEP; i += 64) __builtin_prefetch(w + k + i + AHEAD);
+            for (int i = 0; i < CHAINS; ++i) acc[i] = multiply_add(acc[i], load_wide(x + k + i * STEP), widen(w + k + i * STEP));
+        }
+        for (; k + STEP <= inputs; k += STEP) acc[0] = multiply_add(acc[0], load_wide(x + k), widen(w + k));
+        if (k < inputs) {
+            int8_t tail[STEP] = {};
+            std::memcpy(tail, w + k, static_cast<size_t>(inputs - k));
+            acc[1] = multiply_add(acc[1], load_wide(x + k), widen(tail));
+        }
+        total[n] = plus(plus(acc[0], acc[1]), plus(acc[2], acc[3]));
+    }
+    store_sums(sums, total[0], total[1], total[2], total[3]);
+}
+
+// Rows of x with their zeros, and their sums where the products need them.
+void load_rows(const int8_t *x, int64_t rows, int64_t inputs, int64_t stride, Code *out, int32_t *x_sums) {
     for (int64_t m = 0; m < rows; ++m) {
         const int8_t *__restrict__ from = x + m * inputs;
-        int16_t *__restrict__ to = out + m * stride;
+        Code *__restrict__ to = out + m * stride;
         for (int64_t k = 0; k < inputs; ++k) to[k] = from[k];
         for (int64_t k = inputs; k < stride; ++k) to[k] = 0;
+        int32_t sum = 0;
+        if (OFFSET)
+            for (int64_t k = 0; k < inputs; ++k) sum += from[k];
+        x_sums[m] = sum;
     }
 }
 
 // Row m, outputs n0 .. n0 + count of whichever result was asked for.
-void finish(const quamba_linear_args &a, const int32_t *sums, int64_t m, int64_t n0, int64_t count) {
+void finish(const quamba_linear_args &a, int32_t *sums, int32_t x_sum, int64_t m, int64_t n0, int64_t count) {
+    if (OFFSET) {
+        const uint32_t extra = static_cast<uint32_t>(OFFSET) * static_cast<uint32_t>(x_sum);
+        for (int64_t n = 0; n < count; ++n) sums[n] = static_cast<int32_t>(static_cast<uint32_t>(sums[n]) - extra);
+    }
     const int64_t at = m * a.outputs + n0;
     if (a.acc) {
         std::memcpy(a.acc + at, sums, static_cast<size_t>(count) * sizeof(int32_t));
@@ -78,60 +113,106 @@ void finish(const quamba_linear_args &a, const int32_t *sums, int64_t m, int64_t
     });
 }
 
+// Weight rows n0 .. n0 + count, count <= FEW_PANEL, times all rows of x.
+void few(const quamba_linear_args &a, const Int4 &int4, const Code *x, int64_t stride, int64_t width, int64_t n0,
+         int64_t count, int8_t *expanded, int32_t *sums) {
+    for (int64_t n = 0; n < count; n += NR) {
+        if (INT4_ROW && a.group && a.rows == 1) {
+            int4_row(int4, x, n0 + n, count - n, sums + n);
+            continue;
+        }
+        const int8_t *w = static_cast<const int8_t *>(a.weight) + (n0 + n) * width;
+        if (a.group) {
+            for (int64_t i = 0; i < NR && n + i < count; ++i) expand_row(int4, n0 + n + i, false, expanded + i * width);
+            w = expanded;
+        }
+        for (int64_t m = 0, M; m < a.rows; m += M) {
+            const Code *xm = x + m * stride;
+            int32_t *s = sums + m * FEW_PANEL + n;
+            const bool first = m == 0 && !a.group;
+            M = a.rows - m >= MR ? MR : a.rows - m >= 2 ? 2 : 1;
+            M == MR  ? along<MR>(xm, stride, w, width, count - n, first, s)
+            : M == 2 ? along<2>(xm, stride, w, width, count - n, first, s)
+                     : one(xm, w, width, count - n, s);
+        }
+    }
+}
+
+// Weight rows n0 .. n0 + count to strips.
+void pack_panel(const quamba_linear_args &a, const Int4 &int4, int64_t width, int64_t n0, int64_t count, int8_t *expanded,
+                char *panel) {
+    for (int64_t n = 0; n < count; n += STRIP, panel += strip_bytes(width)) {
+        const int64_t left = count - n < STRIP ? count - n : STRIP;
+        const int8_t *w = static_cast<const int8_t *>(a.weight) + (n0 + n) * width;
+        if (a.group) {
+            for (int64_t i = 0; i < left; ++i) expand_row(int4, n0 + n + i, false, expanded + i * width);
+            w = expanded;
+        }
+        pack(w, width, left, panel);
+    }
+}
+
+// A chunk of x times a packed panel.
+void many(const Code *x, int64_t rows, int64_t stride, const char *panel, int64_t width, int64_t count, int32_t *sums) {
+    for (int64_t m = 0, M; m < rows; m += M) {
+        const Code *xm = x + m * stride;
+        M = rows - m >= MP ? MP : rows - m >= MP / 2 ? MP / 2 : 1;
+        for (int64_t n = 0; n < count; n += STRIP) {
+            const char *strip = panel + n / STRIP * strip_bytes(width);
+            int32_t *s = sums + m * PANEL + n;
+            M == MP       ? across<MP>(xm, stride, strip, width, s, PANEL)
+            : M == MP / 2 ? across<MP / 2>(xm, stride, strip, width, s, PANEL)
+                          : across<1>(xm, stride, strip, width, s, PANEL);
+        }
+    }
+}
+
 }  // namespace
 
 int linear(const quamba_linear_args &a) {
     const Int4 int4(a);
     const int64_t width = a.group ? int4.groups * a.group : a.inputs;  // of a weight row, with its padding
     const int64_t stride = (width + STEP - 1) / STEP * STEP;
-    int64_t panel = PANEL_BYTES / (width + 1) / NR * NR;
-    panel = panel < NR ? NR : panel > PANEL ? PANEL : panel;
-    const int64_t panels = (a.outputs + panel - 1) / panel, chunks = (a.rows + ROWS - 1) / ROWS;
+    const bool large = a.rows * stride * static_cast<int64_t>(sizeof(Code)) > FEW_BYTES;
+    const bool packed = a.rows > (large ? ALWAYS_FEW : FEW);
+    int64_t panel = FEW_PANEL;
+    if (packed) {
+        panel = PANEL_BYTES / (strip_bytes(width) + 1) * STRIP;
+        panel = panel < STRIP ? STRIP : panel > PANEL ? PANEL : panel;
+    }
+    const int64_t panels = (a.outputs + panel - 1) / panel, per_chunk = packed || a.rows == 0 ? ROWS : a.rows;
+    const int64_t chunks = (a.rows + per_chunk - 1) / per_chunk;
     const int64_t threads = worthwhile(a.threads, a.rows * a.outputs * a.inputs, GRAIN);
-    const bool once = chunks == 1, alone = INT4_ROW && a.group && a.rows == 1;
-    const int64_t expanded_bytes = !a.group ? 0 : (once ? NR : panel) * width;
+    const int64_t x_bytes = (a.rows < per_chunk ? a.rows : per_chunk) * stride * static_cast<int64_t>(sizeof(Code));
+    const int64_t panel_bytes = packed ? panel / STRIP * strip_bytes(width) : 0;
+    const int64_t expanded_bytes = a.group ? (packed ? STRIP : NR) * width : 0;
 
     return parallel_for(panels * chunks, threads, [&](int64_t begin, int64_t end) -> int {
-        const int64_t x_bytes = ROWS * stride * static_cast<int64_t>(sizeof(int16_t));
-        auto *x = static_cast<int16_t *>(scratch(x_bytes + expanded_bytes));
-        if (!x && stride > 0) return QUAMBA_OUT_OF_MEMORY;
-        auto *expanded = reinterpret_cast<int8_t *>(x) + x_bytes;
-        alignas(64) int32_t sums[ROWS * PANEL];
-        int64_t widened = -1, kept = -1;  // the chunk that x holds, the panel that `expanded` does
+        auto *strips = static_cast<char *>(scratch(panel_bytes + (x_bytes + 63) / 64 * 64 + expanded_bytes));
+        if (!strips && stride > 0) return QUAMBA_OUT_OF_MEMORY;
+        auto *x = reinterpret_cast<Code *>(strips + panel_bytes);
+        auto *expanded = reinterpret_cast<int8_t *>(strips + panel_bytes + (x_bytes + 63) / 64 * 64);
+        alignas(64) int32_t sums[SUMS];
+        int32_t x_sums[ROWS > FEW ? ROWS : FEW];
+        int64_t loaded = -1, kept = -1;  // the chunk that x holds, the panel that `strips` does
         for (int64_t task = begin; task < end; ++task) {
-            const int64_t chunk = task % chunks, m0 = chunk * ROWS, n0 = task / chunks * panel;
-            const int64_t rows = a.rows - m0 < ROWS ? a.rows - m0 : ROWS;
-            const int64_t outputs = a.outputs - n0 < panel ? a.outputs - n0 : panel;
-            if (alone)
-                int4_row_x(int4, static_cast<const int8_t *>(a.x), a.inputs, x);
-            else if (chunk != widened)
-                widen_rows(static_cast<const int8_t *>(a.x) + m0 * a.inputs, rows, a.inputs, stride, x);
-            widened = chunk;
-            for (int64_t n = 0; n < outputs; n += NR) {
-                const int8_t *w = static_cast<const int8_t *>(a.weight) + (n0 + n) * width;
-                if (alone) {
-                    int4_row(int4, x, n0 + n, outputs - n, sums + n);
-                    continue;
-                }
-                if (a.group) {
-                    int8_t *to = expanded + (once ? 0 : n * width);
-                    if (n0 != kept)
-                        for (int64_t i = 0; i < NR && n + i < outputs; ++i) expand_row(int4, n0 + n + i, false, to + i * width);
-                    w = to;
-                }
-                for (int64_t m = 0; m < rows; m += MR) {
-                    const int16_t *xm = x + m * stride;
-                    int32_t *s = sums + m * PANEL + n;
-                    if (rows - m >= 3)
-                        tile<3>(xm, stride, w, width, outputs - n, s);
-                    else if (rows - m == 2)
-                        tile<2>(xm, stride, w, width, outputs - n, s);
-                    else
-                        tile<1>(xm, stride, w, width, outputs - n, s);
-                }
+            const int64_t chunk = task % chunks, m0 = chunk * per_chunk, n0 = task / chunks * panel;
+            const int64_t rows = a.rows - m0 < per_chunk ? a.rows - m0 : per_chunk;
+            const int64_t count = a.outputs - n0 < panel ? a.outputs - n0 : panel;
+            if (chunk != loaded) {
+                const auto *from = static_cast<const int8_t *>(a.x) + m0 * a.inputs;
+                load_rows(from, rows, a.inputs, stride, x, x_sums);
+                if (INT4_ROW && a.group && a.rows == 1) int4_row_x(int4, from, a.inputs, x);
             }
-            kept = n0;
-            for (int64_t m = 0; m < rows; ++m) finish(a, sums + m * PANEL, m0 + m, n0, outputs);
+            loaded = chunk;
+            if (!packed) {
+                few(a, int4, x, stride, width, n0, count, expanded, sums);
+            } else {
+                if (n0 != kept) pack_panel(a, int4, width, n0, count, expanded, strips);
+                kept = n0;
+                many(x, rows, stride, strips, width, count, sums);
+            }
+            for (int64_t m = 0; m < rows; ++m) finish(a, sums + m * (packed ? PANEL : FEW_PANEL), x_sums[m], m0 + m, n0, count);
         }
         return QUAMBA_OK;
     });

@@ -7,7 +7,10 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#define QUAMBA_WIDTH 16
+#elif defined(__AVX2__)
 #include <immintrin.h>
 #define QUAMBA_WIDTH 8
 #elif defined(__SSE2__)
@@ -98,7 +101,10 @@ QUAMBA_INLINE F16 load_integers(const int8_t *p, int64_t count) {
     }
 #if defined(__SSE2__)
     F16 r;
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+    const __m128i all = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
+    r.part[0] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(all));
+#elif defined(__AVX2__)
     for (int i = 0; i < PARTS; ++i) {
         const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(p + i * WIDTH));
         r.part[i] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight));
@@ -127,7 +133,10 @@ QUAMBA_INLINE F16 load_vector(const float *p, int64_t stride, int64_t offset, in
     return stride == 0 ? splat(p[0]) : load(p + offset, count);
 }
 
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+QUAMBA_INLINE vf larger(vf a, vf b) { return _mm512_max_ps(a, b); }
+QUAMBA_INLINE vf smaller(vf a, vf b) { return _mm512_min_ps(a, b); }
+#elif defined(__AVX2__)
 QUAMBA_INLINE vf larger(vf a, vf b) { return _mm256_max_ps(a, b); }
 QUAMBA_INLINE vf smaller(vf a, vf b) { return _mm256_min_ps(a, b); }
 #elif defined(__SSE2__)
@@ -166,7 +175,10 @@ constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it rounds |x| < 2^22
 QUAMBA_INLINE void store_codes(int8_t *p, const F16 &real, const F16 &inv, int64_t count) {
     const F16 r = min(127.0f, max(-128.0f, real * inv)) + splat(ROUND);  // the code stands in the low byte
     alignas(16) int8_t codes[LANES];
-#if defined(__SSE2__)
+#if defined(__AVX512F__)
+    const __m128i all = _mm512_cvtepi32_epi8(_mm512_castps_si512(r.part[0]));
+    std::memcpy(codes, &all, sizeof codes);
+#elif defined(__SSE2__)
     __m128i bits[4];
     for (int i = 0; i < 4; ++i) {
 #if defined(__AVX2__)

@@ -14,19 +14,23 @@ typedef int32_t v4i __attribute__((vector_size(16)));
 #define QUAMBA_PICK(a, b, i, j, k, l) __builtin_shuffle(a, b, v4i{i, j, k, l})
 #endif
 
-// 4 x 4 floats, rows `from_stride` apart, to rows `to_stride` apart.
-QUAMBA_INLINE void transpose4(const float *from, int64_t from_stride, float *to, int64_t to_stride) {
-    v4 r[4];
-    for (int i = 0; i < 4; ++i) std::memcpy(&r[i], from + i * from_stride, sizeof(v4));
+QUAMBA_INLINE void transpose4(v4 r[4]) {
     const v4 a = QUAMBA_PICK(r[0], r[1], 0, 4, 1, 5), b = QUAMBA_PICK(r[0], r[1], 2, 6, 3, 7);
     const v4 c = QUAMBA_PICK(r[2], r[3], 0, 4, 1, 5), d = QUAMBA_PICK(r[2], r[3], 2, 6, 3, 7);
     r[0] = QUAMBA_PICK(a, c, 0, 1, 4, 5);
     r[1] = QUAMBA_PICK(a, c, 2, 3, 6, 7);
     r[2] = QUAMBA_PICK(b, d, 0, 1, 4, 5);
     r[3] = QUAMBA_PICK(b, d, 2, 3, 6, 7);
-    for (int i = 0; i < 4; ++i) std::memcpy(to + i * to_stride, &r[i], sizeof(v4));
 }
 #undef QUAMBA_PICK
+
+// 4 x 4 floats, rows `from_stride` apart, to rows `to_stride` apart.
+QUAMBA_INLINE void transpose4(const float *from, int64_t from_stride, float *to, int64_t to_stride) {
+    v4 r[4];
+    for (int i = 0; i < 4; ++i) std::memcpy(&r[i], from + i * from_stride, sizeof(v4));
+    transpose4(r);
+    for (int i = 0; i < 4; ++i) std::memcpy(to + i * to_stride, &r[i], sizeof(v4));
+}
 
 // 16 x 16 bytes, rows `from_stride` apart, to rows of 16.
 inline void transpose16(const int8_t *from, int64_t from_stride, int8_t *to) {

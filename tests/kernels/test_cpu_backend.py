@@ -16,6 +16,7 @@ pytestmark = [
 # ---- int8 linear
 
 SHAPES = [(1, 768, 259), (1, 1, 1), (2, 31, 5), (3, 16, 4), (4, 333, 131), (13, 257, 70), (37, 999, 300), (2, 20000, 9)]
+SHAPES += [(17, 7000, 33), (97, 65, 50), (113, 700, 131)]  # enough rows to pack the weight
 
 
 @pytest.mark.parametrize(("m", "k", "n"), SHAPES)

@@ -27,6 +27,11 @@ def test_missing(fresh):
         pass
 
 
+def test_elsewhere(fresh, tmp_path):
+    fresh.setenv("QUAMBA_CPU_LIBRARY", str(tmp_path / "gone.so"))
+    assert not cpu.available() and "gone.so" in cpu.why_not()
+
+
 def test_broken(fresh, tmp_path):
     (tmp_path / "libquamba_cpu.so").write_bytes(b"not a library")
     fresh.setattr(library, "_find", lambda: tmp_path / "libquamba_cpu.so")

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 import re
 import sys
 import threading
@@ -83,6 +84,8 @@ RowsArgs = _structure("RowsArgs", "*x *weight *inv inv_stride *y *codes *scale .
 
 
 def _find() -> Path | None:
+    if elsewhere := os.environ.get("QUAMBA_CPU_LIBRARY"):  # for tests of other builds
+        return Path(elsewhere)
     # An editable install keeps the library in site-packages and the sources in the checkout: __path__ has both.
     package = sys.modules[__package__] if __package__ else None
     folders = [Path(__file__).parent, *map(Path, getattr(package, "__path__", []))]
@@ -150,7 +153,7 @@ def why_not() -> str:
 
 
 def instruction_set() -> str:
-    """The variant in use ("avx2", "portable"), with a note when only one thread may run; "none" without a library."""
+    """The variant in use ("avx2", "portable", ...), with a note when only one thread may run; "none" without a library."""
     loaded = _load()
     if loaded is None:
         return "none"
