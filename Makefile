@@ -10,7 +10,7 @@ INSTALLED := .venv/.installed
 ORACLE := MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(PIP) install -q -c constraints.txt --no-deps --no-build-isolation
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow fuzz lint venv clean
+.PHONY: help demo test test-slow test-emulated test-asan fuzz lint venv clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -23,6 +23,22 @@ test: $(INSTALLED) ## the fast tests
 
 test-slow: $(INSTALLED) ## the slow tests
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+# The kernels' tests on another build of the library.
+KERNEL_TESTS = QUAMBA_CPU_LIBRARY=$(1)/libquamba_cpu.so $(BIN)/python -m pytest -q tests/kernels/test_cpu_*.py \
+	tests/kernels/test_recording.py tests/kernels/test_int8_onednn_avx2.py
+
+test-emulated: $(INSTALLED) ## the AVX-512 and VNNI kernels, their instructions emulated
+	cmake -S kernels -B build/emulated -DCMAKE_BUILD_TYPE=Release -DQUAMBA_EMULATED=ON
+	cmake --build build/emulated -j2 --target quamba_cpu same_bits
+	build/emulated/same_bits
+	$(call KERNEL_TESTS,build/emulated)
+
+test-asan: $(INSTALLED) ## the kernels under the address and undefined behaviour sanitizers
+	cmake -S kernels -B build/asan -DCMAKE_BUILD_TYPE=RelWithDebInfo -DQUAMBA_SANITIZED=ON
+	cmake --build build/asan -j2
+	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) \
+		$(call KERNEL_TESTS,build/asan)
 
 fuzz: $(INSTALLED) ## damage checkpoints at random and load them, for about half an hour
 	$(BIN)/python -m tests.quamba.formats.fuzz --mutants 100000 --seed $${SEED:-1}
