@@ -46,7 +46,7 @@ def ids_of(seed=1):
     return torch.randint(0, 48, (2, 12), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize(("family", "preset", "switches"), combinations())
+@pytest.mark.parametrize(("family", "preset", "switches"), list(combinations()))
 def test_loading_gives_the_same_logits_bit_for_bit(tmp_path, models, family, preset, switches):
     """T15, and the bits that each switch asks for."""
     recipe = recipe_of(family, preset, switches)
@@ -134,6 +134,7 @@ def test_the_error_of_an_int8_state_is_bounded_by_its_decay():
     bound = torch.zeros(1, 8, 8, 8)
     with Listening(seen):
         for t in range(40):
+            quantized._decoder._known.clear()  # a replayed token calls nothing that can be listened to
             quantized(ids[:, t : t + 1], past_key_values=state)
             x, dt, A, B, dt_bias = seen.pop()
             decay = torch.exp(torch.nn.functional.softplus(dt[:, 0] + dt_bias) * A)[..., None, None]
