@@ -88,15 +88,17 @@ class _Step:
         self.tensors = [value for value in self.values if isinstance(value, Tensor)]
         self.watchers: list[Any] = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self.watchers += [m.observers for m in modules if hasattr(m, "observers")]
+        self.sources = [t for t in self.tensors if recording.computed_from(t)]
         self.fingerprint = self._fingerprint()
 
     def _values(self) -> Iterator[Any]:
         return chain.from_iterable(map(dict.values, self.tables))
 
     def _fingerprint(self) -> tuple[list[int], ...]:
-        """Which modules and tensors the model has, where they lie, and how often they were written to."""
-        tensors = self.tensors
-        return list(map(id, self._values())), list(map(Tensor.data_ptr, tensors)), list(map(_version, tensors))
+        """Which modules and tensors the model has, where they lie, and how often those were written to from which something
+        was computed; the others are read in every replay."""
+        places, versions = map(Tensor.data_ptr, self.tensors), map(_version, self.sources)
+        return list(map(id, self._values())), list(places), list(versions)
 
     def holds(self) -> bool:
         """Whether the model is still what was recorded. Tens of microseconds: this is done for every token."""

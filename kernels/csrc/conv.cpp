@@ -10,7 +10,7 @@ namespace {
 
 constexpr int64_t BLOCK = 64;       // channels
 constexpr int64_t TOKENS = 32;      // new tokens in a window
-constexpr int64_t GRAIN = 1 << 13;  // outputs that are worth a thread
+constexpr int64_t GRAIN = 1 << 10;  // outputs that are worth a thread: each waits for some six vectors of parameters
 
 inline float value(const void *p, bool is_int8, int64_t i) {
     return is_int8 ? static_cast<float>(static_cast<const int8_t *>(p)[i]) : static_cast<const float *>(p)[i];
@@ -77,6 +77,38 @@ void block(const quamba_conv_args &a, int64_t b, int64_t c0, int64_t count) {
         }
 }
 
+// The same for a single token and PAST inputs before it: nothing is turned, the state moves where it is. Sum: exact for T.
+template <typename T, typename Sum, int PAST>
+void one_token(const quamba_conv_args &a, int64_t b, int64_t c0, int64_t count) {
+    const bool masked = a.mask && !a.mask[b];
+    const T *__restrict__ x = static_cast<const T *>(a.x) + b * a.x_batch_stride + c0;
+    const T *__restrict__ weight = static_cast<const T *>(a.weight) + c0 * (PAST + 1);
+    T *__restrict__ state = static_cast<T *>(a.state) + (b * a.channels + c0) * PAST;
+    by_lanes(count, [&](int64_t c, int64_t lanes) {
+        float sums[LANES] = {};
+        for (int64_t i = 0; i < lanes; ++i, weight += PAST + 1, state += PAST) {
+            T window[PAST + 1], w[PAST + 1];
+            std::memcpy(window, state, sizeof(T) * PAST);
+            std::memcpy(w, weight, sizeof w);
+            window[PAST] = masked ? T(0) : x[c + i];
+            Sum sum = static_cast<Sum>(window[0]) * w[0];
+            for (int k = 1; k <= PAST; ++k) sum += static_cast<Sum>(window[k]) * w[k];
+            std::memcpy(state, window + 1, sizeof(T) * PAST);
+            sums[i] = static_cast<float>(sum);
+        }
+        const int64_t channel = c0 + c, at = b * a.channels + channel;
+        F16 y = load(sums);
+        if (a.is_int8)
+            y = y * load(a.weight_scale + channel, lanes) * load_vector(a.x_scale, a.x_scale_stride, channel, lanes);
+        y = silu(y + (a.bias ? load(a.bias + channel, lanes) : splat(0.0f)));
+        if (masked) y = splat(0.0f);
+        if (a.codes)
+            store_codes(a.codes + at, y, load_vector(a.inv, a.inv_stride, channel, lanes), lanes);
+        else
+            store(a.y + at, y, lanes);
+    });
+}
+
 }  // namespace
 
 int conv(const quamba_conv_args &a) {
@@ -85,7 +117,12 @@ int conv(const quamba_conv_args &a) {
     return parallel_for(a.batch * blocks, threads, [&](int64_t begin, int64_t end) -> int {
         for (int64_t task = begin; task < end; ++task) {
             const int64_t c0 = task % blocks * BLOCK, left = a.channels - c0;
-            block(a, task / blocks, c0, left < BLOCK ? left : BLOCK);
+            const int64_t count = left < BLOCK ? left : BLOCK;
+            if (a.length == 1 && a.state && a.taps == 4)  // as all models have it
+                a.is_int8 ? one_token<int8_t, int32_t, 3>(a, task / blocks, c0, count)
+                          : one_token<float, float, 3>(a, task / blocks, c0, count);
+            else
+                block(a, task / blocks, c0, count);
         }
         return QUAMBA_OK;
     });

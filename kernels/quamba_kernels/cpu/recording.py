@@ -27,10 +27,13 @@ _AXES = 4
 
 
 class Recording:
-    """Calls on fixed memory, but for the tensors that move: those given, and the result, which is new in every run."""
+    """Calls on fixed memory, but for the tensors that move: those given, and the result, which is new in every run.
+
+    `sources`: (first, last) address of the tensors that constants were computed from; others are read anew in every run.
+    """
 
     def __init__(self, recorder: _Recorder, result: Tensor):
-        self.result, self.kept = result, recorder.kept
+        self.result, self.kept, self.sources = result, recorder.kept, recorder.sources
         self.calls = [args for _, args in recorder.launches]
         addresses = [
             ctypes.cast(getattr(library(), f"quamba_{op}"), ctypes.c_void_p).value for op, _ in recorder.launches
@@ -41,6 +44,11 @@ class Recording:
         self.slots = [recorder.slots(tensor) for tensor in moving]
         self.bound = [tensor.data_ptr() for tensor in moving]
         self._replay = partial(library().quamba_replay, ctypes.byref(self.launches), ctypes.c_int64(len(pairs)))
+
+    def computed_from(self, tensor: Tensor) -> bool:
+        """Whether a constant comes from this tensor, so that a change of it would go unnoticed."""
+        first, last = span(tensor)
+        return any(first <= end and start <= last for start, end in self.sources)
 
     def run(self, moving: Sequence[Tensor]) -> Tensor:
         """Make the calls, with `moving` at the places of those recorded; returns a new result."""
@@ -80,6 +88,7 @@ class _Recorder(TorchDispatchMode):
         self.given = [*inputs, *moving]
         self.kept: list[Tensor] = list(self.given)
         self.varying: dict[int, int] = {}  # start of a storage -> its end
+        self.sources: set[tuple[int, int]] = set()
         self.launches: list[tuple[str, ctypes.Structure]] = []
         self.problem = ""
         for tensor in self.kept:
@@ -120,8 +129,9 @@ class _Recorder(TorchDispatchMode):
             for tensor in made:
                 self._vary(tensor)
             return out
-        read = [t for t in (*_flat(args), *_flat(kwargs.values())) if self._varies(t.data_ptr())]
-        if not read:
+        read = [*_flat(args), *_flat(kwargs.values())]
+        if not any(self._varies(t.data_ptr()) for t in read):
+            self.sources |= {span(t) for t in read}
             return out
         if packet in COPIES:
             source = args[1] if packet is aten.copy_ else args[0]
@@ -179,6 +189,12 @@ class _Recorder(TorchDispatchMode):
                 if address and 0 <= address - tensor.data_ptr() < nbytes:
                     found.append((args, field, address - tensor.data_ptr()))
         return found
+
+
+def span(t: Tensor) -> tuple[int, int]:
+    """Addresses of the first and the last entry."""
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
+    return t.data_ptr(), t.data_ptr() + last * t.element_size()
 
 
 def _flat(values: Any) -> list[Tensor]:
