@@ -33,15 +33,32 @@ constexpr int64_t LANES = 16;
 constexpr int WIDTH = QUAMBA_WIDTH;
 constexpr int PARTS = 16 / QUAMBA_WIDTH;
 
-struct F16 {
-    vf part[PARTS];
+// K times sixteen lanes: long chains of arithmetic run K side by side, or each waits for its own results.
+template <int K>
+struct F {
+    vf part[K * PARTS];
 };
+typedef F<1> F16;
+constexpr int SIDE = PARTS < 4 ? 4 / PARTS : 1;  // the K that keeps the registers busy
 
-#define QUAMBA_LANEWISE(op)                                                    \
-    QUAMBA_INLINE F16 operator op(const F16 &a, const F16 &b) {                \
-        F16 r;                                                                 \
-        for (int i = 0; i < PARTS; ++i) r.part[i] = a.part[i] op b.part[i];    \
-        return r;                                                              \
+#define QUAMBA_LANEWISE(op)                                                          \
+    template <int K>                                                                 \
+    QUAMBA_INLINE F<K> operator op(const F<K> &a, const F<K> &b) {                   \
+        F<K> r;                                                                      \
+        for (int i = 0; i < K * PARTS; ++i) r.part[i] = a.part[i] op b.part[i];      \
+        return r;                                                                    \
+    }                                                                                \
+    template <int K>                                                                 \
+    QUAMBA_INLINE F<K> operator op(const F<K> &a, float b) {                         \
+        F<K> r;                                                                      \
+        for (int i = 0; i < K * PARTS; ++i) r.part[i] = a.part[i] op b;              \
+        return r;                                                                    \
+    }                                                                                \
+    template <int K>                                                                 \
+    QUAMBA_INLINE F<K> operator op(float a, const F<K> &b) {                         \
+        F<K> r;                                                                      \
+        for (int i = 0; i < K * PARTS; ++i) r.part[i] = a op b.part[i];              \
+        return r;                                                                    \
     }
 QUAMBA_LANEWISE(+)
 QUAMBA_LANEWISE(-)
@@ -49,21 +66,31 @@ QUAMBA_LANEWISE(*)
 QUAMBA_LANEWISE(/)
 #undef QUAMBA_LANEWISE
 
-QUAMBA_INLINE F16 splat(float value) {
-    F16 r;
-    for (int i = 0; i < PARTS; ++i) r.part[i] = value - vf{};
+template <int K = 1>
+QUAMBA_INLINE F<K> splat(float value) {
+    F<K> r;
+    for (vf &part : r.part) part = value - vf{};
+    return r;
+}
+
+template <int K>
+QUAMBA_INLINE F<K> repeat(const F16 &a) {
+    F<K> r;
+    for (int i = 0; i < K * PARTS; ++i) r.part[i] = a.part[i % PARTS];
     return r;
 }
 
 // Register by register: a memcpy of the whole may go through memory in smaller pieces.
-QUAMBA_INLINE F16 load(const float *p) {
-    F16 r;
-    for (int i = 0; i < PARTS; ++i) r.part[i] = *reinterpret_cast<const vf_anywhere *>(p + i * WIDTH);
+template <int K = 1>
+QUAMBA_INLINE F<K> load(const float *p) {
+    F<K> r;
+    for (int i = 0; i < K * PARTS; ++i) r.part[i] = *reinterpret_cast<const vf_anywhere *>(p + i * WIDTH);
     return r;
 }
 
-QUAMBA_INLINE void store(float *p, const F16 &a) {
-    for (int i = 0; i < PARTS; ++i) *reinterpret_cast<vf_anywhere *>(p + i * WIDTH) = a.part[i];
+template <int K>
+QUAMBA_INLINE void store(float *p, const F<K> &a) {
+    for (int i = 0; i < K * PARTS; ++i) *reinterpret_cast<vf_anywhere *>(p + i * WIDTH) = a.part[i];
 }
 
 // `count` < 16 lanes; the others read as 0 and aren't written.
@@ -148,15 +175,17 @@ QUAMBA_INLINE vf smaller(vf a, vf b) { return a < b ? a : b; }
 #endif
 
 // NaN in the second argument comes back.
-QUAMBA_INLINE F16 max(float bound, const F16 &a) {
-    F16 r;
-    for (int i = 0; i < PARTS; ++i) r.part[i] = larger(bound - vf{}, a.part[i]);
+template <int K>
+QUAMBA_INLINE F<K> max(float bound, const F<K> &a) {
+    F<K> r;
+    for (int i = 0; i < K * PARTS; ++i) r.part[i] = larger(bound - vf{}, a.part[i]);
     return r;
 }
 
-QUAMBA_INLINE F16 min(float bound, const F16 &a) {
-    F16 r;
-    for (int i = 0; i < PARTS; ++i) r.part[i] = smaller(bound - vf{}, a.part[i]);
+template <int K>
+QUAMBA_INLINE F<K> min(float bound, const F<K> &a) {
+    F<K> r;
+    for (int i = 0; i < K * PARTS; ++i) r.part[i] = smaller(bound - vf{}, a.part[i]);
     return r;
 }
 

@@ -1,5 +1,10 @@
 """Loading the compiled library: a missing, broken or foreign one is an answer, never a crash."""
 
+import ctypes
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -55,3 +60,41 @@ def test_two_openmp_runtimes(fresh):
 def test_one_openmp_runtime(fresh):
     assert cpu.available() and len(library.openmp_runtimes()) == 1
     assert library.threads() == torch.get_num_threads()
+
+
+@pytest.mark.skipif(library._find() is None, reason="no C++ kernels: compiled library not found")
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="not glibc")
+def test_freed_memory_is_kept():
+    """What a layer frees isn't faulted in again for the next."""
+    script = """if True:
+        import ctypes, resource
+        from quamba_kernels import cpu
+        {load}
+        libc = ctypes.CDLL(None)
+        libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+        libc.free.argtypes = [ctypes.c_void_p]
+        pieces = (ctypes.c_void_p * 8)()
+        def layer():
+            for i in range(8):
+                pieces[i] = libc.malloc(6 << 20)
+                ctypes.memset(pieces[i], 1, 6 << 20)
+            for i in reversed(range(8)):
+                libc.free(pieces[i])
+        faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        layer(), layer()
+        before = faults()
+        layer(), layer()
+        print((faults() - before) * resource.getpagesize() >> 20)
+    """
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+
+    def megabytes(load, **variables):
+        out = subprocess.run(
+            [sys.executable, "-c", script.replace("{load}", load)],
+            env={**environment, **variables}, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return int(out.stdout)
+
+    assert megabytes("pass") > 40  # or this test shows nothing
+    assert megabytes("cpu.available()") < 10
+    assert megabytes("cpu.available()", MALLOC_TOP_PAD_="0") > 40  # the user's settings stand

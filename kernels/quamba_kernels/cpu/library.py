@@ -129,8 +129,20 @@ def _load() -> ctypes.CDLL | None:
         _one_thread = "built without OpenMP"
     elif len(runtimes := openmp_runtimes()) > 1:
         _one_thread = f"{len(runtimes)} OpenMP runtimes in this process: {', '.join(Path(r).name for r in runtimes)}"
+    _keep_freed_memory()
     _library = library
     return library
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc hold on to what is freed, unless the user has set its allocator: it gives the end of the heap back to the
+    system after every layer, and faulting it in again is a quarter of a prompt's time."""
+    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, limit in ((-1, 256 << 20), (-3, 32 << 20)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD (its maximum)
+            mallopt(c_int(option), c_int(limit))
 
 
 def library() -> ctypes.CDLL:
