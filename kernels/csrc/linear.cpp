@@ -2,6 +2,7 @@
 //
 // Few rows of x: products along the rows, the weight read once, from far away; int4 is expanded NR rows at a time, just before
 // their use. More rows: a task is a chunk of x times a panel of the weight, which a thread packs at its first chunk.
+#include "int4_panel.h"
 #include "int4_row.h"
 #include "ops.h"
 #include "panel.h"
@@ -12,14 +13,21 @@ namespace {
 
 // Rows of x up to which packing doesn't pay (measured with AVX2 and SSE2), unless they outgrow the second-level cache.
 constexpr int64_t FEW = sizeof(Code) == 2 && ACROSS == 8 ? 96 : 16, FEW_BYTES = 192 << 10, ALWAYS_FEW = 16;
+constexpr int64_t INT4_FEW = 16;            // the same for int4 strips
 constexpr int64_t ROWS = 24;                // rows of x per task, when packed
 constexpr int64_t PANEL_BYTES = 256 << 10;  // of packed weight: stays in the second-level cache
 constexpr int64_t PANEL = 256;              // weight rows per task, at most
 constexpr int64_t FEW_PANEL = 64;           // for few rows of x: no more than keeps the threads equally busy
 constexpr int64_t AHEAD = 4096;             // bytes of weight to prefetch ahead
 constexpr int64_t GRAIN = 1 << 17;          // products that are worth a thread
-constexpr int64_t SUMS = ROWS * PANEL > FEW * FEW_PANEL ? ROWS * PANEL : FEW * FEW_PANEL;
 static_assert(ROWS % MP == 0 && ALWAYS_FEW <= FEW && PANEL % STRIP == 0 && FEW_PANEL % NR == 0 && STEP % PIECE == 0);
+
+// Of a weight row, with its padding; of a row of x as the products want it; of memory, in whole lines of the cache.
+inline int64_t padded(const quamba_linear_args &a) { return a.group ? (a.inputs + a.group - 1) / a.group * a.group : a.inputs; }
+inline int64_t codes_stride(int64_t width) { return (width + STEP - 1) / STEP * STEP; }
+inline int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+inline int64_t workers(const quamba_linear_args &a) { return worthwhile(a.threads, a.rows * a.outputs * a.inputs, GRAIN); }
 
 // sums[m * FEW_PANEL + n], m < M, n < NR; x: rows of `stride` codes with zeros after `inputs`. Weight rows n >= count repeat row
 // count - 1 and their sums are garbage that the caller overwrites or ignores.
@@ -92,7 +100,7 @@ void load_rows(const int8_t *x, int64_t rows, int64_t inputs, int64_t stride, Co
 }
 
 // Row m, outputs n0 .. n0 + count of whichever result was asked for.
-void finish(const quamba_linear_args &a, int32_t *sums, int32_t x_sum, int64_t m, int64_t n0, int64_t count) {
+QUAMBA_INLINE void finish(const quamba_linear_args &a, int32_t *sums, int32_t x_sum, int64_t m, int64_t n0, int64_t count) {
     if (OFFSET) {
         const uint32_t extra = static_cast<uint32_t>(OFFSET) * static_cast<uint32_t>(x_sum);
         for (int64_t n = 0; n < count; ++n) sums[n] = static_cast<int32_t>(static_cast<uint32_t>(sums[n]) - extra);
@@ -114,8 +122,8 @@ void finish(const quamba_linear_args &a, int32_t *sums, int32_t x_sum, int64_t m
 }
 
 // Weight rows n0 .. n0 + count, count <= FEW_PANEL, times all rows of x.
-void few(const quamba_linear_args &a, const Int4 &int4, const Code *x, int64_t stride, int64_t width, int64_t n0,
-         int64_t count, int8_t *expanded, int32_t *sums) {
+void few_panel(const quamba_linear_args &a, const Int4 &int4, const Code *x, int64_t stride, int64_t width, int64_t n0,
+               int64_t count, int8_t *expanded, int32_t *sums) {
     for (int64_t n = 0; n < count; n += NR) {
         if (INT4_ROW && a.group && a.rows == 1) {
             int4_row(int4, x, n0 + n, count - n, sums + n);
@@ -138,84 +146,114 @@ void few(const quamba_linear_args &a, const Int4 &int4, const Code *x, int64_t s
     }
 }
 
-// Weight rows n0 .. n0 + count to strips.
-void pack_panel(const quamba_linear_args &a, const Int4 &int4, int64_t width, int64_t n0, int64_t count, int8_t *expanded,
-                char *panel) {
-    for (int64_t n = 0; n < count; n += STRIP, panel += strip_bytes(width)) {
-        const int64_t left = count - n < STRIP ? count - n : STRIP;
-        const int8_t *w = static_cast<const int8_t *>(a.weight) + (n0 + n) * width;
-        if (a.group) {
-            for (int64_t i = 0; i < left; ++i) expand_row(int4, n0 + n + i, false, expanded + i * width);
-            w = expanded;
+int few(const quamba_linear_args &a) {
+    const Int4 int4(a);
+    const int64_t width = padded(a), stride = codes_stride(width), panels = (a.outputs + FEW_PANEL - 1) / FEW_PANEL;
+    const int64_t x_bytes = whole_lines(a.rows * stride * static_cast<int64_t>(sizeof(Code)));
+    return parallel_for(panels, workers(a), [&](int64_t begin, int64_t end) -> int {
+        auto *room = static_cast<char *>(scratch(x_bytes + (a.group ? NR * width : 1)));
+        if (!room) return QUAMBA_OUT_OF_MEMORY;
+        auto *x = reinterpret_cast<Code *>(room);
+        alignas(64) int32_t sums[FEW * FEW_PANEL];
+        int32_t x_sums[FEW];
+        load_rows(static_cast<const int8_t *>(a.x), a.rows, a.inputs, stride, x, x_sums);
+        if (INT4_ROW && a.group && a.rows == 1) int4_row_x(int4, static_cast<const int8_t *>(a.x), a.inputs, x);
+        for (int64_t task = begin; task < end; ++task) {
+            const int64_t n0 = task * FEW_PANEL, count = a.outputs - n0 < FEW_PANEL ? a.outputs - n0 : FEW_PANEL;
+            few_panel(a, int4, x, stride, width, n0, count, reinterpret_cast<int8_t *>(room + x_bytes), sums);
+            for (int64_t m = 0; m < a.rows; ++m) finish(a, sums + m * FEW_PANEL, x_sums[m], m, n0, count);
         }
-        pack(w, width, left, panel);
-    }
+        return QUAMBA_OK;
+    });
 }
 
-// A chunk of x times a packed panel.
-void many(const Code *x, int64_t rows, int64_t stride, const char *panel, int64_t width, int64_t count, int32_t *sums) {
-    for (int64_t m = 0, M; m < rows; m += M) {
-        const Code *xm = x + m * stride;
-        M = rows - m >= MP ? MP : rows - m >= MP / 2 ? MP / 2 : 1;
-        for (int64_t n = 0; n < count; n += STRIP) {
-            const char *strip = panel + n / STRIP * strip_bytes(width);
-            int32_t *s = sums + m * PANEL + n;
-            M == MP       ? across<MP>(xm, stride, strip, width, s, PANEL)
-            : M == MP / 2 ? across<MP / 2>(xm, stride, strip, width, s, PANEL)
-                          : across<1>(xm, stride, strip, width, s, PANEL);
-        }
+// Packed weights for many rows: as int8,
+struct Int8Strips {
+    const quamba_linear_args &a;
+    const Int4 int4 = Int4(a);
+    const int64_t width = padded(a), stride = codes_stride(width), x_bytes = stride * static_cast<int64_t>(sizeof(Code));
+    const int64_t bytes = strip_bytes(width), room = a.group ? STRIP * width : 0;
+
+    void load(const int8_t *x, int64_t rows, void *out, int32_t *x_sums) const {
+        load_rows(x, rows, a.inputs, stride, static_cast<Code *>(out), x_sums);
     }
+    void pack(int64_t n0, int64_t count, int8_t *expanded, char *strip) const {
+        const int8_t *w = static_cast<const int8_t *>(a.weight) + n0 * width;
+        if (a.group) {
+            for (int64_t n = 0; n < count; ++n) expand_row(int4, n0 + n, false, expanded + n * width);
+            w = expanded;
+        }
+        ::pack(w, width, count, strip);
+    }
+    template <int M>
+    void tile(const char *x, const char *strip, int32_t *sums) const {
+        across<M>(reinterpret_cast<const Code *>(x), stride, strip, width, sums, PANEL);
+    }
+};
+
+// or as int4 with integer scales, where the instruction set gains by it.
+struct Int4Strips {
+    const quamba_linear_args &a;
+    const Int4 int4 = Int4(a);
+    const int64_t width = padded(a), x_bytes = width;
+    const int64_t bytes = int4_strip_bytes(int4.groups, a.group), room = STRIP * width;
+
+    void load(const int8_t *x, int64_t rows, void *out, int32_t *) const {
+        int4_panel_x(x, rows, a.inputs, width, static_cast<uint8_t *>(out));
+    }
+    void pack(int64_t n0, int64_t count, int8_t *codes, char *strip) const { pack_int4(int4, n0, count, codes, strip); }
+    template <int M>
+    void tile(const char *x, const char *strip, int32_t *sums) const {
+        across_int4<M>(reinterpret_cast<const uint8_t *>(x), width, strip, int4.groups, a.group, sums, PANEL);
+    }
+};
+
+template <typename Strips>
+int many(const quamba_linear_args &a, const Strips &s) {
+    int64_t panel = PANEL_BYTES / (s.bytes + 1) * STRIP;
+    panel = panel < STRIP ? STRIP : panel > PANEL ? PANEL : panel;
+    const int64_t panels = (a.outputs + panel - 1) / panel, chunks = (a.rows + ROWS - 1) / ROWS;
+    const int64_t panel_bytes = panel / STRIP * whole_lines(s.bytes), x_bytes = whole_lines(ROWS * s.x_bytes);
+    return parallel_for(panels * chunks, workers(a), [&](int64_t begin, int64_t end) -> int {
+        auto *strips = static_cast<char *>(scratch(panel_bytes + x_bytes + s.room + 1));
+        if (!strips) return QUAMBA_OUT_OF_MEMORY;
+        char *x = strips + panel_bytes;
+        auto *room = reinterpret_cast<int8_t *>(x + x_bytes);
+        alignas(64) int32_t sums[ROWS * PANEL];
+        int32_t x_sums[ROWS];
+        int64_t loaded = -1, kept = -1;  // the chunk that x holds, the panel that `strips` does
+        for (int64_t task = begin; task < end; ++task) {
+            const int64_t chunk = task % chunks, m0 = chunk * ROWS, n0 = task / chunks * panel;
+            const int64_t rows = a.rows - m0 < ROWS ? a.rows - m0 : ROWS;
+            const int64_t count = a.outputs - n0 < panel ? a.outputs - n0 : panel;
+            if (chunk != loaded) s.load(static_cast<const int8_t *>(a.x) + m0 * a.inputs, rows, x, x_sums);
+            loaded = chunk;
+            for (int64_t n = 0; n0 != kept && n < count; n += STRIP)
+                s.pack(n0 + n, count - n < STRIP ? count - n : STRIP, room, strips + n / STRIP * s.bytes);
+            kept = n0;
+            for (int64_t m = 0, M; m < rows; m += M) {
+                M = rows - m >= MP ? MP : rows - m >= MP / 2 ? MP / 2 : 1;
+                const char *xm = x + m * s.x_bytes, *strip = strips;
+                for (int64_t n = 0; n < count; n += STRIP, strip += s.bytes) {
+                    int32_t *to = sums + m * PANEL + n;
+                    M == MP       ? s.template tile<MP>(xm, strip, to)
+                    : M == MP / 2 ? s.template tile<MP / 2>(xm, strip, to)
+                                  : s.template tile<1>(xm, strip, to);
+                }
+            }
+            for (int64_t m = 0; m < rows; ++m) finish(a, sums + m * PANEL, x_sums[m], m0 + m, n0, count);
+        }
+        return QUAMBA_OK;
+    });
 }
 
 }  // namespace
 
 int linear(const quamba_linear_args &a) {
-    const Int4 int4(a);
-    const int64_t width = a.group ? int4.groups * a.group : a.inputs;  // of a weight row, with its padding
-    const int64_t stride = (width + STEP - 1) / STEP * STEP;
-    const bool large = a.rows * stride * static_cast<int64_t>(sizeof(Code)) > FEW_BYTES;
-    const bool packed = a.rows > (large ? ALWAYS_FEW : FEW);
-    int64_t panel = FEW_PANEL;
-    if (packed) {
-        panel = PANEL_BYTES / (strip_bytes(width) + 1) * STRIP;
-        panel = panel < STRIP ? STRIP : panel > PANEL ? PANEL : panel;
-    }
-    const int64_t panels = (a.outputs + panel - 1) / panel, per_chunk = packed || a.rows == 0 ? ROWS : a.rows;
-    const int64_t chunks = (a.rows + per_chunk - 1) / per_chunk;
-    const int64_t threads = worthwhile(a.threads, a.rows * a.outputs * a.inputs, GRAIN);
-    const int64_t x_bytes = (a.rows < per_chunk ? a.rows : per_chunk) * stride * static_cast<int64_t>(sizeof(Code));
-    const int64_t panel_bytes = packed ? panel / STRIP * strip_bytes(width) : 0;
-    const int64_t expanded_bytes = a.group ? (packed ? STRIP : NR) * width : 0;
-
-    return parallel_for(panels * chunks, threads, [&](int64_t begin, int64_t end) -> int {
-        auto *strips = static_cast<char *>(scratch(panel_bytes + (x_bytes + 63) / 64 * 64 + expanded_bytes));
-        if (!strips && stride > 0) return QUAMBA_OUT_OF_MEMORY;
-        auto *x = reinterpret_cast<Code *>(strips + panel_bytes);
-        auto *expanded = reinterpret_cast<int8_t *>(strips + panel_bytes + (x_bytes + 63) / 64 * 64);
-        alignas(64) int32_t sums[SUMS];
-        int32_t x_sums[ROWS > FEW ? ROWS : FEW];
-        int64_t loaded = -1, kept = -1;  // the chunk that x holds, the panel that `strips` does
-        for (int64_t task = begin; task < end; ++task) {
-            const int64_t chunk = task % chunks, m0 = chunk * per_chunk, n0 = task / chunks * panel;
-            const int64_t rows = a.rows - m0 < per_chunk ? a.rows - m0 : per_chunk;
-            const int64_t count = a.outputs - n0 < panel ? a.outputs - n0 : panel;
-            if (chunk != loaded) {
-                const auto *from = static_cast<const int8_t *>(a.x) + m0 * a.inputs;
-                load_rows(from, rows, a.inputs, stride, x, x_sums);
-                if (INT4_ROW && a.group && a.rows == 1) int4_row_x(int4, from, a.inputs, x);
-            }
-            loaded = chunk;
-            if (!packed) {
-                few(a, int4, x, stride, width, n0, count, expanded, sums);
-            } else {
-                if (n0 != kept) pack_panel(a, int4, width, n0, count, expanded, strips);
-                kept = n0;
-                many(x, rows, stride, strips, width, count, sums);
-            }
-            for (int64_t m = 0; m < rows; ++m) finish(a, sums + m * (packed ? PANEL : FEW_PANEL), x_sums[m], m0 + m, n0, count);
-        }
-        return QUAMBA_OK;
-    });
+    const bool int4_strips = INT4_PANEL && a.group && !a.group_scale_is_float;
+    const bool large = a.rows * codes_stride(padded(a)) * static_cast<int64_t>(sizeof(Code)) > FEW_BYTES;
+    if (a.rows <= (int4_strips ? INT4_FEW : large ? ALWAYS_FEW : FEW)) return few(a);
+    return int4_strips ? many(a, Int4Strips{a}) : many(a, Int8Strips{a});
 }
 
 }  // namespace quamba::QUAMBA_ISA

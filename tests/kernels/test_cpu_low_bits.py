@@ -71,7 +71,7 @@ def test_w4a8_linear(rng, m, k, n, group, kind):
 
 
 @pytest.mark.parametrize("group", [32, 128])
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("rows", [1, 2, 41])
 def test_extreme_products_do_not_saturate(group, rows):
     one = torch.tensor(1.0)
     for code, multiplier in ((-8, 15), (-8, -15), (7, 15), (7, -15)):
