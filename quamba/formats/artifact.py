@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from torch import Tensor
 
 from quamba.config import QuambaConfig
 from quamba.errors import CheckpointError
-from quamba.formats.headers import read_header
+from quamba.formats.headers import DTYPE_NAMES, read_header
 from quamba.plan import FORMAT_VERSION
 
 INDEX = "model.safetensors.index.json"
+LINE = 64  # bytes: a cache line, and the widest vector
 _LATER = ("head_bias",)  # fields of a later time, part of the digest where they say something
 _ARCHITECTURE = (
     "vocab_size",
@@ -112,15 +114,22 @@ class ArtifactWriter:
         }
 
     def write(self, shard: str, tensors: dict[str, Tensor]) -> None:
-        from safetensors.torch import save
-
-        data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata=self.metadata)
-        # The library writes metadata in an order of its own, another one each time; identical runs give identical files.
-        end = 8 + int.from_bytes(data[:8], "little")
-        header = json.loads(data[8:end])
-        header = {"__metadata__": dict(sorted(header.pop("__metadata__").items()))} | header
+        """A safetensors file. The header is padded and what has whole cache lines comes first: mapped, it lies on them."""
+        kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        names = sorted(kept, key=lambda name: (kept[name].nbytes % LINE > 0, -kept[name].itemsize, name))
+        header: dict[str, Any] = {"__metadata__": dict(sorted(self.metadata.items()))}
+        end = 0
+        for name in names:
+            start, end = end, end + kept[name].nbytes
+            header[name] = {
+                "dtype": DTYPE_NAMES[kept[name].dtype],
+                "shape": list(kept[name].shape),
+                "data_offsets": [start, end],
+            }
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        write_atomically(self.folder / shard, data[:8], text.ljust(end - 8), memoryview(data)[end:])
+        text = text.ljust(-(-(8 + len(text)) // LINE) * LINE - 8)
+        data = [kept[name].reshape(-1).view(torch.uint8).numpy().data for name in names]
+        write_atomically(self.folder / shard, struct.pack("<Q", len(text)), text, *data)
 
     def finish(self) -> None:
         """Index and config.json, from the shards on disk."""

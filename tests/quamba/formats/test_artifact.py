@@ -168,6 +168,19 @@ def test_quantizing_with_a_dtype_stores_float_parts_in_it_and_precise_ones_in_fl
     assert {t.dtype for name, t in tensors.items() if name not in half} == {torch.int8, torch.float32}
 
 
+def test_tensors_of_whole_cache_lines_lie_on_them_also_in_memory(tiny_artifact):
+    for file in tiny_artifact.glob("*.safetensors"):
+        length = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+        assert length % 64 == 0
+        for name, entry in json.loads(file.read_bytes()[8:length]).items():
+            if name != "__metadata__":
+                start, end = entry["data_offsets"]
+                assert (end - start) % 64 or start % 64 == 0, name
+    model = QuambaLMHeadModel.from_pretrained(tiny_artifact)
+    held = [t for t in (*model.parameters(), *model.buffers()) if t.nbytes % 64 == 0]
+    assert len(held) > 10 and all(t.data_ptr() % 64 == 0 for t in held)
+
+
 def test_shards_name_format_version_and_digest(tiny_artifact):
     digests = set()
     for file in tiny_artifact.glob("*.safetensors"):
