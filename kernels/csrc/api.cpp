@@ -111,6 +111,8 @@ bool valid(const quamba_embedding_args &a) {
 
 bool has_epilogue(const quamba_linear_args &a) { return a.weight_scale && (!a.codes || a.inv); }
 
+bool rounds(const quamba_rows_args &a) { return !a.codes || (a.inv != nullptr) != (a.scale != nullptr); }
+
 template <typename Args>
 int run(int (*Kernels::*op)(const Args &), const Args *args) {
     if (!args || !valid(*args)) return QUAMBA_BAD_ARGUMENT;
@@ -180,12 +182,12 @@ int quamba_selective_scan(const quamba_scan_args *args) { return run(&Kernels::s
 int quamba_ssd_scan(const quamba_ssd_args *args) { return run(&Kernels::ssd, args); }
 
 int quamba_quantize(const quamba_rows_args *args) {
-    if (args && (!args->codes || (args->inv != nullptr) == (args->scale != nullptr))) return QUAMBA_BAD_ARGUMENT;
+    if (args && (!args->codes || !rounds(*args))) return QUAMBA_BAD_ARGUMENT;
     return run(&Kernels::quantize, args);
 }
 
 int quamba_rms_norm(const quamba_rows_args *args) {
-    if (args && (!args->weight || (args->codes && !args->inv))) return QUAMBA_BAD_ARGUMENT;
+    if (args && (!args->weight || !rounds(*args))) return QUAMBA_BAD_ARGUMENT;
     return run(&Kernels::rms_norm, args);
 }
 
@@ -194,7 +196,7 @@ int quamba_gated_rms_norm(const quamba_gated_norm_args *args) { return run(&Kern
 int quamba_hadamard(const quamba_rows_args *args) {
     if (!args || args->blocks < 1 || args->width < 1 || args->width % args->blocks) return QUAMBA_BAD_ARGUMENT;
     const int64_t n = args->width / args->blocks, order = args->weight ? args->order : 1;
-    if (order < 1 || n % order || ((n / order) & (n / order - 1)) || (args->codes && !args->inv))
+    if (order < 1 || n % order || ((n / order) & (n / order - 1)) || !rounds(*args))
         return QUAMBA_BAD_ARGUMENT;
     return run(&Kernels::hadamard, args);
 }

@@ -2,6 +2,7 @@
 #include "ops.h"
 #include "parallel.h"
 #include "simd.h"
+#include "token.h"
 
 namespace quamba::QUAMBA_ISA {
 namespace {
@@ -57,28 +58,26 @@ int hadamard(const quamba_rows_args &a) {
     const int64_t n = a.width / a.blocks, order = a.weight ? a.order : 1, power = n / order;
     const F16 norm = splat(static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(n))));
     const int64_t threads = worthwhile(a.threads, a.rows * a.width, GRAIN);
-    return parallel_for(a.rows * a.blocks, threads, [&](int64_t begin, int64_t end) -> int {
-        auto *work = static_cast<float *>(scratch(n * static_cast<int64_t>(sizeof(float))));
+    return parallel_for(a.rows, threads, [&](int64_t begin, int64_t end) -> int {
+        auto *work = static_cast<float *>(scratch((n + a.width) * static_cast<int64_t>(sizeof(float))));
         if (!work) return QUAMBA_OUT_OF_MEMORY;
-        for (int64_t task = begin; task < end; ++task) {
-            const int64_t at = task * n, channel = task % a.blocks * n;
-            std::memcpy(work, a.x + at, static_cast<size_t>(n) * sizeof(float));
-            for (int64_t s = 0; s < order; ++s) butterflies(work + s * power, power);
-            for (int64_t s = 0; s < order; ++s)
-                by_lanes(power, [&](int64_t c, int64_t lanes) QUAMBA_BODY {
-                    const int64_t i = s * power + c;
-                    F16 y = load(work + (order > 1 ? c : i), lanes);
-                    if (order > 1) {
-                        const float *row = a.weight + s * order;
-                        y = y * splat(row[0]);
-                        for (int64_t r = 1; r < order; ++r) y = y + load(work + r * power + c, lanes) * splat(row[r]);
-                    }
-                    y = y * norm;
-                    if (a.codes)
-                        store_codes(a.codes + at + i, y, load_vector(a.inv, a.inv_stride, channel + i, lanes), lanes);
-                    else
-                        store(a.y + at + i, y, lanes);
-                });
+        for (int64_t m = begin; m < end; ++m) {
+            float *row = a.codes ? work + n : a.y + m * a.width;
+            for (int64_t b = 0; b < a.width; b += n) {
+                std::memcpy(work, a.x + m * a.width + b, static_cast<size_t>(n) * sizeof(float));
+                for (int64_t s = 0; s < order; ++s) butterflies(work + s * power, power);
+                for (int64_t s = 0; s < order; ++s)
+                    by_lanes(power, [&](int64_t c, int64_t lanes) QUAMBA_BODY {
+                        F16 y = load(work + (order > 1 ? c : s * power + c), lanes);
+                        if (order > 1) {
+                            const float *sign = a.weight + s * order;
+                            y = y * sign[0];
+                            for (int64_t r = 1; r < order; ++r) y = y + load(work + r * power + c, lanes) * sign[r];
+                        }
+                        store(row + b + s * power + c, y * norm, lanes);
+                    });
+            }
+            if (a.codes) store_row(a, row, m);
         }
         return QUAMBA_OK;
     });

@@ -22,7 +22,7 @@
 #define QUAMBA_API
 #endif
 
-#define QUAMBA_CPU_ABI 5
+#define QUAMBA_CPU_ABI 6
 
 enum quamba_status { QUAMBA_OK = 0, QUAMBA_BAD_ARGUMENT = 1, QUAMBA_OUT_OF_MEMORY = 2, QUAMBA_NO_SUCH_ENTRY = 3 };
 enum quamba_kind { QUAMBA_INT8 = 0, QUAMBA_FLOAT32 = 1, QUAMBA_FLOAT16 = 2, QUAMBA_BFLOAT16 = 3 };
@@ -144,15 +144,16 @@ typedef struct {
     int64_t groups, norm_before_gate, rows, width, threads;
 } quamba_gated_norm_args;
 
-/* Rows of floats: quantization, norm and Hadamard transform. Exactly one of y, codes is set. */
+/* Rows of floats: quantization, norm and Hadamard transform. Exactly one of y, codes is set. Codes are rounded with inv, or
+ * with a scale that is found for each row and written to `scale`. */
 typedef struct {
     const float *x;      /* [rows, width] */
     const float *weight; /* [width]: rms_norm; [order, order] of +-1: hadamard, optional; else unused */
-    const float *inv;    /* 1 or [width]; quantize without inv finds a scale for each row */
+    const float *inv;    /* 1 or [width] */
     int64_t inv_stride;
     float *y;       /* [rows, width] */
     int8_t *codes;  /* [rows, width] */
-    float *scale;   /* [rows]: quantize without inv */
+    float *scale;   /* [rows]: codes without inv */
     double eps;     /* rms_norm */
     int64_t blocks; /* hadamard: the width is cut into so many equal, independent transforms */
     int64_t order;  /* hadamard: order of the outer matrix, 1 without */

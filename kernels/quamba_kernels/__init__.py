@@ -46,6 +46,7 @@ __all__ = [
     "gate",
     "gated_rms_norm",
     "hadamard",
+    "hadamard_per_token",
     "int8_matmul",
     "linear",
     "pack_int4",
@@ -53,6 +54,7 @@ __all__ = [
     "quantize_per_token",
     "record",
     "rms_norm",
+    "rms_norm_per_token",
     "selective_scan",
     "ssd_scan",
     "unpack_int4",
@@ -257,6 +259,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, inv: Tensor | None = None) -
     return _op("rms_norm", x.device)(x, weight, eps, inv)
 
 
+def rms_norm_per_token(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`quantize_per_token(rms_norm(x, weight.float(), eps))`."""
+    return _op("rms_norm_per_token", x.device)(x, weight, eps)
+
+
 def gated_rms_norm(
     x: Tensor,
     z: Tensor,
@@ -397,3 +404,8 @@ def hadamard(x: Tensor, outer: Tensor | None, blocks: int = 1, inv: Tensor | Non
     block of n / blocks entries normalised by itself. Float32 inside; returned in x's dtype, or as codes when `inv` is given.
     """
     return _op("hadamard", x.device)(x, outer, blocks, inv)
+
+
+def hadamard_per_token(x: Tensor, outer: Tensor | None, blocks: int = 1) -> tuple[Tensor, Tensor]:
+    """`quantize_per_token(hadamard(x.float(), outer, blocks))`."""
+    return _op("hadamard_per_token", x.device)(x, outer, blocks)

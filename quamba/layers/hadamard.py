@@ -9,6 +9,7 @@ import quamba_kernels as kernels
 from quamba.errors import QuambaError
 from quamba.layers.sites import Output
 from quamba.plan import Rotation
+from quamba.qtensor import QTensor
 from quamba_kernels.hadamard_matrices import ORDERS, factor, outer_matrix
 
 
@@ -32,18 +33,27 @@ class Hadamard(nn.Module):
         """The rotation to record for a width; every width has one."""
         return Rotation(width, *factor(width))
 
-    def _rotate(self, x: Tensor, inv: Tensor | None = None, back: bool = False) -> Tensor:
+    def _matrix(self, device: torch.device) -> tuple[Tensor | None, int]:
+        """What kernels take: the outer matrix and the number of blocks."""
         r = self.rotation
-        if r is None:
+        assert r is not None
+        if r.matrix in ("sylvester", "identity"):
+            return None, r.m
+        if device not in self._outer:
+            self._outer[device] = outer_matrix(r.matrix).to(device)
+        return self._outer[device], 1
+
+    def _rotate(self, x: Tensor, inv: Tensor | None = None, back: bool = False) -> Tensor:
+        if self.rotation is None:
             return x if inv is None else kernels.quantize(x, inv)
-        if r.matrix in ("sylvester", "identity"):  # symmetric: its own inverse
-            return kernels.hadamard(x, None, blocks=r.m, inv=inv)
-        if x.device not in self._outer:
-            self._outer[x.device] = outer_matrix(r.matrix).to(x.device)
-        outer = self._outer[x.device]
-        return kernels.hadamard(x, outer.T.contiguous() if back else outer, inv=inv)
+        outer, blocks = self._matrix(x.device)
+        if back and outer is not None:  # the others are symmetric: their own inverses
+            outer = outer.T.contiguous()
+        return kernels.hadamard(x, outer, blocks, inv)
 
     def forward(self, x: Tensor, out: Output):
+        if self.rotation is not None and out.per_token:
+            return QTensor(*kernels.hadamard_per_token(x, *self._matrix(x.device)), "token")
         return out.finish(self._rotate(x, out.inv))
 
     def rotate_weight(self, weight: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor, out: Output):
+        if out.per_token:
+            return QTensor(*kernels.rms_norm_per_token(x, self.weight, self.eps), "token")
         weight = self.weight.float() if out.integer else self.weight
         return out.finish(kernels.rms_norm(x, weight, self.eps, out.inv))
 

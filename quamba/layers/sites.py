@@ -83,6 +83,12 @@ class Output:
             pieces = [self.inverse[name].expand(size) for name, size in zip(names, self.sizes, strict=True)]
             self.inv = self.inverse[names[0]] if len(names) == 1 else torch.cat(pieces)
 
+    @property
+    def per_token(self) -> bool:
+        """Whether the op may find the scales itself: one site, with a scale per token, and nobody to show the floats to."""
+        specs = [self.sites.specs[name] for name in self.names]
+        return len(specs) == 1 and specs[0].scale == "token" and self.names[0] not in self.sites.observers
+
     def finish(self, y: Tensor) -> QTensor | Tensor | list[QTensor | Tensor]:
         """What an op computed with `inv` becomes: a QTensor or float for one site, a list of them for several."""
         pieces = [y] if len(self.names) == 1 else y.split(self.sizes, dim=-1)

@@ -225,6 +225,12 @@ def test_quantize_and_norm(rng, shape, dtype):
     norm = on_threads(lambda: cpu.rms_norm(x, w, 1e-5))
     close(norm, reference.rms_norm(x, w, 1e-5), max(1e-6, torch.finfo(dtype).eps))
     same_codes(cpu.rms_norm(x, w, 1e-5, torch.tensor(30.0)), reference.rms_norm(x, w, 1e-5, torch.tensor(30.0)))
+    got, scale = on_threads(lambda: cpu.rms_norm_per_token(x, w, 1e-5))
+    want, want_scale = cpu.quantize_per_token(cpu.rms_norm(x, w.float(), 1e-5))
+    assert torch.equal(got, want) and torch.equal(scale, want_scale)
+    want, want_scale = reference.rms_norm_per_token(x, w, 1e-5)
+    same_codes(got, want)
+    torch.testing.assert_close(scale, want_scale, rtol=1e-6, atol=0)
 
 
 def test_half_to_even_and_saturation():
@@ -244,6 +250,12 @@ def test_hadamard(rng, n, matrix, blocks):
     close(got, reference.hadamard(x, outer, blocks), 2e-6)
     inv = torch.rand(n, generator=rng) * 40
     same_codes(cpu.hadamard(x, outer, blocks, inv), reference.hadamard(x, outer, blocks, inv))
+    got, scale = on_threads(lambda: cpu.hadamard_per_token(x, outer, blocks))
+    want, want_scale = cpu.quantize_per_token(cpu.hadamard(x, outer, blocks))
+    assert torch.equal(got, want) and torch.equal(scale, want_scale)
+    want, want_scale = reference.hadamard_per_token(x, outer, blocks)
+    same_codes(got, want)
+    torch.testing.assert_close(scale, want_scale, rtol=1e-6, atol=1e-9)
     half = cpu.hadamard(x.bfloat16(), outer, blocks)
     close(half, reference.hadamard(x.bfloat16(), outer, blocks), 2**-7)
 

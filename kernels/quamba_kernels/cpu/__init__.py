@@ -10,7 +10,16 @@ from quamba_kernels.cpu.embedding import embedding
 from quamba_kernels.cpu.library import available, force_variant, instruction_set, threads, variants, why_not
 from quamba_kernels.cpu.linear import expand_int4, int8_matmul, linear, w4_linear, w4a8_linear, w8_linear, w8a8_linear
 from quamba_kernels.cpu.recording import Recording, record
-from quamba_kernels.cpu.rows import gate, gated_rms_norm, hadamard, quantize, quantize_per_token, rms_norm
+from quamba_kernels.cpu.rows import (
+    gate,
+    gated_rms_norm,
+    hadamard,
+    hadamard_per_token,
+    quantize,
+    quantize_per_token,
+    rms_norm,
+    rms_norm_per_token,
+)
 from quamba_kernels.cpu.scan import selective_scan
 from quamba_kernels.cpu.ssd import ssd_scan
 
@@ -24,6 +33,7 @@ __all__ = [
     "gate",
     "gated_rms_norm",
     "hadamard",
+    "hadamard_per_token",
     "instruction_set",
     "int8_matmul",
     "linear",
@@ -31,6 +41,7 @@ __all__ = [
     "quantize_per_token",
     "record",
     "rms_norm",
+    "rms_norm_per_token",
     "selective_scan",
     "ssd_scan",
     "threads",

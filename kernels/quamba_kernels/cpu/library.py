@@ -13,7 +13,7 @@ from typing import Any
 
 import torch  # loaded first: the library then shares torch's OpenMP runtime
 
-ABI = 5
+ABI = 6
 FILES = ("libquamba_cpu.so", "libquamba_cpu.dylib")
 OPS = (
     "int8_linear",

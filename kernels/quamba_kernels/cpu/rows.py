@@ -21,19 +21,34 @@ from quamba_kernels.cpu.checks import (
 from quamba_kernels.cpu.library import GatedNormArgs, RowsArgs, call, pointer, threads
 
 
+def _call(op: str, x: Tensor, args: ctypes.Structure) -> None:
+    if x.numel() > 0:
+        width = x.shape[-1]
+        x = x.float().contiguous()
+        args.x, args.rows, args.width, args.threads = pointer(x), x.numel() // width, width, threads()
+        call(op, args)
+
+
 def _run(op: str, x: Tensor, width: int, inv: Tensor | None, args: ctypes.Structure) -> Tensor:
-    """Fill in what the ops share and call: float32, or int8 codes with `inv`."""
+    """float32, or int8 codes with `inv`."""
     out = torch.empty(x.shape, dtype=torch.float32 if inv is None else torch.int8)
     if inv is not None:
         inv, args.inv_stride = vector("inv", inv, width)
         args.inv, args.codes = pointer(inv), pointer(out)
     else:
         args.y = pointer(out)
-    if out.numel() > 0:
-        x = x.float().contiguous()
-        args.x, args.rows, args.width, args.threads = pointer(x), x.numel() // width, width, threads()
-        call(op, args)
+    _call(op, x, args)
     return out
+
+
+def _per_token(op: str, x: Tensor, width: int, args: ctypes.Structure) -> tuple[Tensor, Tensor]:
+    """int8 codes and their scales."""
+    if width == 0:
+        raise ValueError("x: no entries to find a scale for")
+    codes, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(*x.shape[:-1], 1)
+    args.codes, args.scale = pointer(codes), pointer(scale)
+    _call(op, x, args)
+    return codes, scale
 
 
 def quantize(x: Tensor, inv: Tensor) -> Tensor:
@@ -42,16 +57,7 @@ def quantize(x: Tensor, inv: Tensor) -> Tensor:
 
 
 def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
-    width = last_axis("x", x, FLOATS)
-    if width == 0:
-        raise ValueError("x: no entries to find a scale for")
-    codes, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(*x.shape[:-1], 1)
-    if codes.numel() > 0:
-        x = x.float().contiguous()
-        args = RowsArgs(x=pointer(x), codes=pointer(codes), scale=pointer(scale), threads=threads())
-        args.rows, args.width = x.numel() // width, width
-        call("quantize", args)
-    return codes, scale
+    return _per_token("quantize", x, last_axis("x", x, FLOATS), RowsArgs())
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, inv: Tensor | None = None) -> Tensor:
@@ -61,6 +67,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, inv: Tensor | None = None) -
     w = float_vector("weight", weight, width)
     out = _run("rms_norm", x, width, inv, RowsArgs(weight=pointer(w), eps=eps))
     return out if inv is not None else out.to(weight.dtype)
+
+
+def rms_norm_per_token(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    width = last_axis("x", x, FLOATS)
+    w = float_vector("weight", weight, width)
+    return _per_token("rms_norm", x, width, RowsArgs(weight=pointer(w), eps=eps))
 
 
 def gated_rms_norm(
@@ -109,6 +121,18 @@ def _gate(x: Tensor, z: Tensor, scale: Tensor | None, stride: int, out: Tensor, 
 
 
 def hadamard(x: Tensor, outer: Tensor | None, blocks: int = 1, inv: Tensor | None = None) -> Tensor:
+    width, args = _transform(x, outer, blocks)
+    if needs_grad(x):
+        return reference.hadamard(x, outer, blocks, inv)
+    out = _run("hadamard", x, width, inv, args)
+    return out if inv is not None else out.to(x.dtype)
+
+
+def hadamard_per_token(x: Tensor, outer: Tensor | None, blocks: int = 1) -> tuple[Tensor, Tensor]:
+    return _per_token("hadamard", x, *_transform(x, outer, blocks))
+
+
+def _transform(x: Tensor, outer: Tensor | None, blocks: int) -> tuple[int, ctypes.Structure]:
     width = last_axis("x", x, FLOATS)
     order = 1
     if outer is not None:
@@ -116,7 +140,4 @@ def hadamard(x: Tensor, outer: Tensor | None, blocks: int = 1, inv: Tensor | Non
         outer, order = outer.contiguous(), outer.shape[0]
     if blocks < 1 or width == 0 or width % (blocks * order) or (power := width // (blocks * order)) & (power - 1):
         raise ValueError(f"x: {width} entries aren't {blocks} blocks of {order} times a power of two")
-    if needs_grad(x):
-        return reference.hadamard(x, outer, blocks, inv)
-    out = _run("hadamard", x, width, inv, RowsArgs(weight=pointer(outer), blocks=blocks, order=order))
-    return out if inv is not None else out.to(x.dtype)
+    return width, RowsArgs(weight=pointer(outer), blocks=blocks, order=order)

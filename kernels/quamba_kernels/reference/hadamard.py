@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from quamba_kernels.hadamard_matrices import sylvester
-from quamba_kernels.reference.rounding import quantize
+from quamba_kernels.reference.rounding import quantize, quantize_per_token
 
 
 def hadamard(x: Tensor, outer: Tensor | None, blocks: int = 1, inv: Tensor | None = None) -> Tensor:
@@ -18,3 +18,7 @@ def hadamard(x: Tensor, outer: Tensor | None, blocks: int = 1, inv: Tensor | Non
         y = outer @ y.reshape(-1, m, power)
     y = y.reshape(x.shape) * n**-0.5
     return y.to(x.dtype) if inv is None else quantize(y, inv)
+
+
+def hadamard_per_token(x: Tensor, outer: Tensor | None, blocks: int = 1) -> tuple[Tensor, Tensor]:
+    return quantize_per_token(hadamard(x.float(), outer, blocks))

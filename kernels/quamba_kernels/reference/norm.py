@@ -4,13 +4,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quamba_kernels.reference.rounding import quantize, real
+from quamba_kernels.reference.rounding import quantize, quantize_per_token, real
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, inv: Tensor | None = None) -> Tensor:
     x = x.float()
     y = x * torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + eps) * weight.float()
     return y.to(weight.dtype) if inv is None else quantize(y, inv)
+
+
+def rms_norm_per_token(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return quantize_per_token(rms_norm(x, weight.float(), eps))
 
 
 def gate(x: Tensor, z: Tensor, *, z_scale: Tensor | None = None) -> Tensor:
