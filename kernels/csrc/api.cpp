@@ -162,6 +162,13 @@ int quamba_int8_linear(const quamba_linear_args *args) {
     return run(&Kernels::linear, args);
 }
 
+int quamba_int8_epilogue(const quamba_linear_args *args) {
+    if (!args || !args->acc || !args->x_scale || !has_epilogue(*args) || (args->y != nullptr) == (args->codes != nullptr))
+        return QUAMBA_BAD_ARGUMENT;
+    if (args->rows < 0 || args->outputs < 0 || args->threads < 1) return QUAMBA_BAD_ARGUMENT;
+    return active().kernels->epilogue(*args);
+}
+
 int quamba_float_linear(const quamba_linear_args *args) {
     if (args && (!args->x || args->acc)) return QUAMBA_BAD_ARGUMENT;
     if (!args || args->weight_kind == QUAMBA_INT8)

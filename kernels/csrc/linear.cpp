@@ -20,6 +20,7 @@ constexpr int64_t PANEL = 256;              // weight rows per task, at most
 constexpr int64_t FEW_PANEL = 64;           // for few rows of x: no more than keeps the threads equally busy
 constexpr int64_t AHEAD = 4096;             // bytes of weight to prefetch ahead
 constexpr int64_t GRAIN = 1 << 17;          // products that are worth a thread
+constexpr int64_t EPILOGUE_GRAIN = 1 << 14; // results that are
 static_assert(ROWS % MP == 0 && ALWAYS_FEW <= FEW && PANEL % STRIP == 0 && FEW_PANEL % NR == 0 && STEP % PIECE == 0);
 
 // Of a weight row, with its padding; of a row of x as the products want it; of memory, in whole lines of the cache.
@@ -99,17 +100,9 @@ void load_rows(const int8_t *x, int64_t rows, int64_t inputs, int64_t stride, Co
     }
 }
 
-// Row m, outputs n0 .. n0 + count of whichever result was asked for.
-QUAMBA_INLINE void finish(const quamba_linear_args &a, int32_t *sums, int32_t x_sum, int64_t m, int64_t n0, int64_t count) {
-    if (OFFSET) {
-        const uint32_t extra = static_cast<uint32_t>(OFFSET) * static_cast<uint32_t>(x_sum);
-        for (int64_t n = 0; n < count; ++n) sums[n] = static_cast<int32_t>(static_cast<uint32_t>(sums[n]) - extra);
-    }
+// Sums of row m, outputs n0 .. n0 + count, to floats or codes.
+QUAMBA_INLINE void scaled(const quamba_linear_args &a, const int32_t *sums, int64_t m, int64_t n0, int64_t count) {
     const int64_t at = m * a.outputs + n0;
-    if (a.acc) {
-        std::memcpy(a.acc + at, sums, static_cast<size_t>(count) * sizeof(int32_t));
-        return;
-    }
     const F16 x_scale = splat(a.x_scale[m * a.x_scale_stride]);
     by_lanes(count, [&](int64_t n, int64_t lanes) QUAMBA_BODY {
         F16 y = load_integers(sums + n, lanes) * load(a.weight_scale + n0 + n, lanes) * x_scale;
@@ -119,6 +112,18 @@ QUAMBA_INLINE void finish(const quamba_linear_args &a, int32_t *sums, int32_t x_
         else
             store(a.y + at + n, y, lanes);
     });
+}
+
+// The same, or the sums themselves; they have 128 times the sum of x too much where weights are unsigned.
+QUAMBA_INLINE void finish(const quamba_linear_args &a, int32_t *sums, int32_t x_sum, int64_t m, int64_t n0, int64_t count) {
+    if (OFFSET) {
+        const uint32_t extra = static_cast<uint32_t>(OFFSET) * static_cast<uint32_t>(x_sum);
+        for (int64_t n = 0; n < count; ++n) sums[n] = static_cast<int32_t>(static_cast<uint32_t>(sums[n]) - extra);
+    }
+    if (a.acc)
+        std::memcpy(a.acc + m * a.outputs + n0, sums, static_cast<size_t>(count) * sizeof(int32_t));
+    else
+        scaled(a, sums, m, n0, count);
 }
 
 // Weight rows n0 .. n0 + count, count <= FEW_PANEL, times all rows of x.
@@ -254,6 +259,14 @@ int linear(const quamba_linear_args &a) {
     const bool large = a.rows * codes_stride(padded(a)) * static_cast<int64_t>(sizeof(Code)) > FEW_BYTES;
     if (a.rows <= (int4_strips ? INT4_FEW : large ? ALWAYS_FEW : FEW)) return few(a);
     return int4_strips ? many(a, Int4Strips{a}) : many(a, Int8Strips{a});
+}
+
+int epilogue(const quamba_linear_args &a) {
+    const int64_t threads = worthwhile(a.threads, a.rows * a.outputs, EPILOGUE_GRAIN);
+    return parallel_for(a.rows, threads, [&](int64_t begin, int64_t end) -> int {
+        for (int64_t m = begin; m < end; ++m) scaled(a, a.acc + m * a.outputs, m, 0, a.outputs);
+        return QUAMBA_OK;
+    });
 }
 
 }  // namespace quamba::QUAMBA_ISA

@@ -7,6 +7,7 @@ namespace quamba {
 
 struct Kernels {
     int (*linear)(const quamba_linear_args &);
+    int (*epilogue)(const quamba_linear_args &);
     int (*float_linear)(const quamba_linear_args &);
     int (*expand)(const quamba_linear_args &);
     int (*conv)(const quamba_conv_args &);
@@ -33,6 +34,7 @@ void *scratch(int64_t bytes);
 #ifdef QUAMBA_ISA
 namespace QUAMBA_ISA {
 int linear(const quamba_linear_args &);
+int epilogue(const quamba_linear_args &);
 int float_linear(const quamba_linear_args &);
 int expand(const quamba_linear_args &);
 int conv(const quamba_conv_args &);

@@ -205,6 +205,7 @@ QUAMBA_API const char *quamba_cpu_isa(void);
 QUAMBA_API int quamba_cpu_set_isa(const char *name);
 
 QUAMBA_API int quamba_int8_linear(const quamba_linear_args *args);
+QUAMBA_API int quamba_int8_epilogue(const quamba_linear_args *args); /* int8_linear's y or codes from its acc */
 QUAMBA_API int quamba_float_linear(const quamba_linear_args *args);
 QUAMBA_API int quamba_expand_int4(const quamba_linear_args *args); /* the weight as int8_linear has it, to codes */
 QUAMBA_API int quamba_causal_conv1d(const quamba_conv_args *args);

@@ -1,5 +1,8 @@
 """The C++ kernels against the reference, in the contract's agreement classes, for every variant this machine runs."""
 
+import importlib
+import time
+
 import pytest
 import torch
 
@@ -231,6 +234,37 @@ def test_quantize_and_norm(rng, shape, dtype):
     want, want_scale = reference.rms_norm_per_token(x, w, 1e-5)
     same_codes(got, want)
     torch.testing.assert_close(scale, want_scale, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(64, 1, 1), (70, 33, 17), (65, 768, 131)])
+def test_w8a8_linear_on_torchs_products(rng, m, k, n, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("quamba_kernels.cpu.linear"), "_torch_is_better", lambda isa: True)
+    calls = []
+    theirs = torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", lambda x, w: calls.append(x.shape) or theirs(x, w))
+    x, w = codes(rng, m, k), codes(rng, n, k)
+    s, bias = torch.rand(n, generator=rng), normal(rng, n)
+    for x_scale in (torch.tensor(0.03), torch.rand(m, 1, generator=rng)):
+        got = on_threads(lambda x_scale=x_scale: cpu.w8a8_linear(x, x_scale, w, s, bias))
+        assert torch.equal(got, reference.w8a8_linear(x, x_scale, w, s, bias))
+    inv = torch.rand(n, generator=rng)
+    got = cpu.w8a8_linear(x.view(1, m, k), x_scale.view(1, m, 1), w, s, None, inv)
+    assert torch.equal(got, reference.w8a8_linear(x.view(1, m, k), x_scale.view(1, m, 1), w, s, None, inv))
+    assert calls and set(calls) == {(m, k)}
+
+
+def test_torchs_products_have_to_be_exact_and_faster(monkeypatch):
+    linear = importlib.import_module("quamba_kernels.cpu.linear")
+    better = linear._torch_is_better.__wrapped__
+    assert not better(b"portable")
+    ours = linear.int8_matmul
+    monkeypatch.setattr(torch, "_int_mm", lambda x, w: ours(x, w.T))
+    monkeypatch.setattr(linear, "int8_matmul", lambda x, w: time.sleep(0.05) or ours(x, w))
+    assert better(b"avx512")
+    monkeypatch.setattr(torch, "_int_mm", lambda x, w: ours(x, w.T).clamp_(max=32767))
+    assert not better(b"avx512")
+    monkeypatch.setattr(torch, "_int_mm", lambda x, w: time.sleep(0.2) or ours(x, w.T))
+    assert not better(b"avx512")
 
 
 def test_half_to_even_and_saturation():

@@ -17,6 +17,7 @@ ABI = 6
 FILES = ("libquamba_cpu.so", "libquamba_cpu.dylib")
 OPS = (
     "int8_linear",
+    "int8_epilogue",
     "float_linear",
     "expand_int4",
     "causal_conv1d",

@@ -1,6 +1,8 @@
 """Linear layers on codes: exact int8 products with their epilogue, and weight-only ones; int8 and int4 weights."""
 
 import ctypes
+import functools
+import time
 from collections.abc import Callable
 
 import torch
@@ -8,13 +10,14 @@ from torch import Tensor
 
 from quamba_kernels import reference
 from quamba_kernels.cpu.checks import FLOAT32, FLOATS, INT8, check, last_axis, needs_grad, vector
-from quamba_kernels.cpu.library import KINDS, LinearArgs, call, pointer, threads
+from quamba_kernels.cpu.library import KINDS, LinearArgs, call, library, pointer, threads
 from quamba_kernels.reference.int4 import group_size, real_int4
 from quamba_kernels.reference.rounding import finish
 
 MAX_INPUTS = 2**17 - 1  # more products of -128 * -128 overflow int32
 FEW_ROWS = 16  # weight-only: beyond, it pays to make floats of the weight and leave the products to torch
 FEW_ROWS_OF_FLOATS = 4  # float weights: beyond, torch's products are faster
+MANY_ROWS = 64  # int8 products: from here on torch's may be faster
 FEW_INPUTS = 512  # of int8 weights: the C++ is fast for any number of rows, and the same bits for each
 PANEL = 512  # weight rows to make floats of at once: they stay in the cache
 
@@ -156,7 +159,39 @@ def w8a8_linear(
     _check_x_scale(x, x_scale)
     if inputs == 0 or needs_grad(x_scale, weight_scale, bias, inv):
         return reference.w8a8_linear(x, x_scale, weight, weight_scale, bias, inv)
+    if _by_torch(x.numel() // inputs):
+        acc = torch._int_mm(x.reshape(-1, inputs), weight.T)
+        return _run("int8_epilogue", x, x_scale, weight, weight_scale, bias, inv, LinearArgs(acc=pointer(acc)))
     return _run("int8_linear", x, x_scale, weight, weight_scale, bias, inv, LinearArgs())
+
+
+def _by_torch(rows: int) -> bool:
+    return rows >= MANY_ROWS and _torch_is_better(library().quamba_cpu_isa())
+
+
+@functools.cache
+def _torch_is_better(isa: bytes) -> bool:
+    """Whether torch's int8 product is exact on this machine, extremes included, and faster than ours for many rows."""
+    if isa not in (b"avx512", b"avxvnni"):
+        return False  # without VNNI it is a plain loop
+    x, weight = (torch.randint(-128, 128, (512, 768), dtype=torch.int8) for _ in range(2))
+    x[0], x[1], weight[0], weight[1] = 127, -128, -128, 127
+
+    def seconds(product: Callable[[], Tensor]) -> float:
+        runs = []
+        for _ in range(4):
+            started = time.perf_counter()
+            product()
+            runs.append(time.perf_counter() - started)
+        return min(runs)
+
+    def theirs() -> Tensor:
+        return torch._int_mm(x, weight.T)
+
+    def ours() -> Tensor:
+        return int8_matmul(x, weight)
+
+    return torch.equal(theirs(), ours()) and seconds(theirs) < seconds(ours)
 
 
 def w4a8_linear(
