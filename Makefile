@@ -28,6 +28,8 @@ test-slow: $(INSTALLED) ## the slow tests
 KERNEL_TESTS = QUAMBA_CPU_LIBRARY=$(1)/libquamba_cpu.so $(BIN)/python -m pytest -q tests/kernels/test_cpu_*.py \
 	tests/kernels/test_recording.py tests/kernels/test_int8_onednn_avx2.py
 
+SANITIZER = ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so)
+
 test-emulated: $(INSTALLED) ## the AVX-512 and VNNI kernels, their instructions emulated
 	cmake -S kernels -B build/emulated -DCMAKE_BUILD_TYPE=Release -DQUAMBA_EMULATED=ON
 	cmake --build build/emulated -j2 --target quamba_cpu same_bits
@@ -37,8 +39,10 @@ test-emulated: $(INSTALLED) ## the AVX-512 and VNNI kernels, their instructions 
 test-asan: $(INSTALLED) ## the kernels under the address and undefined behaviour sanitizers
 	cmake -S kernels -B build/asan -DCMAKE_BUILD_TYPE=RelWithDebInfo -DQUAMBA_SANITIZED=ON
 	cmake --build build/asan -j2
-	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) \
-		$(call KERNEL_TESTS,build/asan)
+	$(SANITIZER) $(call KERNEL_TESTS,build/asan)
+	cmake -S kernels -B build/asan-emulated -DCMAKE_BUILD_TYPE=RelWithDebInfo -DQUAMBA_SANITIZED=ON -DQUAMBA_EMULATED=ON
+	cmake --build build/asan-emulated -j2 --target quamba_cpu same_bits
+	ASAN_OPTIONS=detect_leaks=0 build/asan-emulated/same_bits
 
 fuzz: $(INSTALLED) ## damage checkpoints at random and load them, for about half an hour
 	$(BIN)/python -m tests.quamba.formats.fuzz --mutants 100000 --seed $${SEED:-1}

@@ -47,7 +47,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--formats", type=names, help=", ".join(FORMAT_NAMES))
     parser.add_argument("--threads", type=numbers)
     parser.add_argument("--rounds", type=int, help="default: 3 to 7, by model")
-    parser.add_argument("--prompt", type=numbers, help="tokens; all after the first in two rounds only")
+    parser.add_argument(
+        "--prompt", type=numbers, help="tokens; the later ones twice, at the most threads, not of transformers"
+    )
     parser.add_argument("--decode", type=int, default=128, help="tokens")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)

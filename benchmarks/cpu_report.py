@@ -32,7 +32,7 @@ def rows_of(bench: Bench, probes: dict[int, dict[str, Any]]) -> list[dict[str, A
         if kind == "prefill" and format.engine == "quamba" and format.recipe:
             row["percent"] = 100 * 2 * bench.made["multiply_adds"] * middle / 1e9 / peaks["peak"]
         if kind == "prefill" and (base := bench.samples.get((key, threads, f"prefill {bench.options.prompt[0]}"))):
-            costs = quotients(base, samples)
+            costs = quotients(kept(base, phase), samples)
             row["cost"] = statistics.median(costs) if costs else None
         compared = []
         for other in ["file"] if phase == "load" else [] if phase in ("file", "outside C++") else format.against:

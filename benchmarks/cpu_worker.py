@@ -138,7 +138,7 @@ class Quamba(Torch):
             return {}
         self.set_threads(threads)
         inside, loaded = [0.0], library.library()
-        replay = loaded.quamba_replay
+        replay, decoder = loaded.quamba_replay, self.model._decoder
         loaded.quamba_replay = timed(replay, inside)
         try:
             self.model._decoder = type(self.model._decoder)()  # recordings made now call what is timed
@@ -151,8 +151,7 @@ class Quamba(Torch):
                 self.step(prompt + i)
             whole = time.perf_counter() - started
         finally:
-            loaded.quamba_replay = replay
-            self.model._decoder = type(self.model._decoder)()
+            loaded.quamba_replay, self.model._decoder = replay, decoder
         return {"outside": 1 - inside[0] / whole} if inside[0] else {}
 
     def reload(self, threads: int) -> dict[str, float]:

@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 import quamba_kernels as kernels
+from quamba.layers import Sites
 from quamba.state import QuambaState
 
 log = logging.getLogger("quamba")
@@ -62,6 +64,12 @@ class Decoder:
     def _record(
         self, key: Key, model: nn.Module, ids: Tensor, state: QuambaState, run: Callable[[Tensor], Tensor]
     ) -> Tensor:
+        if any(t.is_inference() for t in chain(model.parameters(), model.buffers())):
+            log.info(
+                "one token at a time runs eagerly: the model was made in inference mode, where changes aren't counted"
+            )
+            self._known[key] = "made in inference mode"
+            return run(ids)
         held = ids.long().clone()
         logits, recording = kernels.record(lambda: run(held), [held], _tensors(state))
         if isinstance(recording, str):
@@ -86,9 +94,11 @@ class _Step:
         self.tables: list[dict] = [t for m in modules for t in (m._modules, m._parameters, m._buffers) if t]
         self.values = list(self._values())  # held, so that no other object can get the id of one
         self.tensors = [value for value in self.values if isinstance(value, Tensor)]
-        self.watchers: list[Any] = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self.watchers += [m.observers for m in modules if hasattr(m, "observers")]
-        self.sources = [t for t in self.tensors if recording.computed_from(t)]
+        self.hooks: list[Any] = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self.hooks_made = -1  # how many there had been in all when they were looked for
+        self.observers = [m.observers for m in modules if isinstance(m, Sites)]
+        scales = {id(b) for m in modules if isinstance(m, Sites) for b in m.buffers()}  # it keeps their inverses
+        self.sources = [t for t in self.tensors if recording.computed_from(t) or id(t) in scales]
         self.fingerprint = self._fingerprint()
 
     def _values(self) -> Iterator[Any]:
@@ -101,8 +111,12 @@ class _Step:
         return list(map(id, self._values())), list(places), list(versions)
 
     def holds(self) -> bool:
-        """Whether the model is still what was recorded. Tens of microseconds: this is done for every token."""
-        return not any(self.watchers) and self._fingerprint() == self.fingerprint
+        """Whether the model is still what was recorded. Done for every token, so hooks are looked for when one was made."""
+        if self.hooks_made != RemovableHandle.next_id:
+            if any(self.hooks):
+                return False
+            self.hooks_made = RemovableHandle.next_id
+        return not any(self.observers) and self._fingerprint() == self.fingerprint
 
     def __call__(self, ids: Tensor, state: QuambaState) -> Tensor:
         self.ids.copy_(ids)

@@ -36,6 +36,9 @@ SITES = (
 GROUPS = (32, 64, 128)
 """Inputs that share an int4 group scale."""
 
+MULTIPLIER = 15
+"""Largest magnitude of an integer group scale: 15 * -8 is an int8 code."""
+
 
 @dataclass(frozen=True)
 class SiteSpec:

@@ -40,7 +40,7 @@ class QTensor:
 
     def with_unit_scale(self) -> QTensor:
         """The codes alone, for a consumer whose weight columns already hold the channel scales."""
-        return QTensor(self.values, torch.ones((), device=self.values.device), "tensor")
+        return QTensor(self.values, torch.ones((), dtype=torch.float32, device=self.values.device), "tensor")
 
 
 def parts(x: Tensor | QTensor) -> tuple[Tensor, Tensor | None]:

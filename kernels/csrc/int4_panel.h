@@ -29,7 +29,7 @@ inline void int4_panel_x(const int8_t *x, int64_t rows, int64_t inputs, int64_t 
 inline void pack_int4(const Int4 &w, int64_t n0, int64_t count, int8_t *codes, char *strip) {
     const int64_t group = 2 * w.half, width = w.groups * group, left = count < STRIP ? count : STRIP;
     const auto *scale = static_cast<const int8_t *>(w.scale);
-    auto *extra = reinterpret_cast<int32_t *>(strip);
+    auto *extra = reinterpret_cast<uint32_t *>(strip);
     strip += SLICE;
     for (int64_t n = 0; n < left; ++n) expand_row(w, n0 + n, true, codes + n * width);
     for (int64_t n = 0; n < STRIP; ++n) extra[n] = 0;
@@ -40,7 +40,7 @@ inline void pack_int4(const Int4 &w, int64_t n0, int64_t count, int8_t *codes, c
             const int8_t *c = codes + row * width + g * group, m = scale[(n0 + row) * w.groups + g];
             int32_t sum = 0;
             for (int64_t k = 0; k < group; ++k) sum += c[k];
-            extra[n] += 128 * m * sum;
+            extra[n] += static_cast<uint32_t>(128 * m) * static_cast<uint32_t>(sum);
             scales[2 * n] = scales[2 * n + 1] = m;
         }
         pack<16>(codes + g * group, width, group, left, strip + SLICE, [](const int8_t *p) QUAMBA_BODY {

@@ -1,7 +1,7 @@
 // int8 x int8 linear on the stored row-major layout.
 //
-// Few rows of x: products along the rows, the weight read once, from far away; int4 is expanded NR rows at a time, just before
-// their use. More rows: a task is a chunk of x times a panel of the weight, which a thread packs at its first chunk.
+// Few rows of x: products along the rows, the weight read once, from far away; for more than one, int4 is expanded NR rows at a
+// time, just before their use. More rows: a task is a chunk of x times a panel of the weight, which a thread packs at its first chunk.
 #include "int4_panel.h"
 #include "int4_row.h"
 #include "ops.h"
@@ -225,7 +225,7 @@ int many(const quamba_linear_args &a, const Strips &s) {
         char *x = strips + panel_bytes;
         auto *room = reinterpret_cast<int8_t *>(x + x_bytes);
         alignas(64) int32_t sums[ROWS * PANEL];
-        int32_t x_sums[ROWS];
+        int32_t x_sums[ROWS] = {};
         int64_t loaded = -1, kept = -1;  // the chunk that x holds, the panel that `strips` does
         for (int64_t task = begin; task < end; ++task) {
             const int64_t chunk = task % chunks, m0 = chunk * ROWS, n0 = task / chunks * panel;

@@ -20,6 +20,7 @@ struct Kernels {
     int (*dense)(const quamba_linear_args &);
     int (*elementwise)(const quamba_elementwise_args &);
     int (*embedding)(const quamba_embedding_args &);
+    void (*exp2)(const float *x, float *y, int64_t n);
     void (*exp)(const float *x, float *y, int64_t n);
     void (*softplus)(const float *x, float *y, int64_t n);
     void (*silu)(const float *x, float *y, int64_t n);
@@ -47,6 +48,7 @@ int hadamard(const quamba_rows_args &);
 int dense(const quamba_linear_args &);
 int elementwise(const quamba_elementwise_args &);
 int embedding(const quamba_embedding_args &);
+void exp2_array(const float *x, float *y, int64_t n);
 void exp_array(const float *x, float *y, int64_t n);
 void softplus_array(const float *x, float *y, int64_t n);
 void silu_array(const float *x, float *y, int64_t n);

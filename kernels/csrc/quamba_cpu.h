@@ -31,7 +31,7 @@ enum { QUAMBA_MAX_INPUTS = (1 << 17) - 1 }; /* 2^17 products of -128 * -128 over
 enum { QUAMBA_MAX_STATE = 256 };
 enum { QUAMBA_MAX_TAPS = 64 };
 
-/* acc[m, n] = sum_k x[m, k] * weight[n, k]; exactly one of acc, y, codes is set.
+/* acc[m, n] = sum_k x[m, k] * weight[n, k]; exactly one of acc, y, codes is set (int8_epilogue: acc and one of the others).
  * y = (acc * weight_scale[n]) * x_scale[m] + bias[n]; codes = y rounded with inv.
  *
  * int8_linear: x is int8, acc exact. float_linear: x is float32, summed in float32, without x_scale and acc.
@@ -221,7 +221,7 @@ QUAMBA_API int quamba_embedding(const quamba_embedding_args *args);
 /* Make the calls one after the other, up to the first that fails; its status. */
 QUAMBA_API int quamba_replay(const quamba_launch *launches, int64_t count);
 
-/* The elementary functions of the kernels, for tests: "exp", "softplus" or "silu" of n floats. */
+/* The elementary functions of the kernels, for tests: "exp2", "exp", "softplus" or "silu" of n floats. */
 QUAMBA_API int quamba_elementary(const char *name, const float *x, float *y, int64_t n);
 
 #ifdef __cplusplus

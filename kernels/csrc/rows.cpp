@@ -47,6 +47,10 @@ int rms_norm(const quamba_rows_args &a) {
     });
 }
 
+void exp2_array(const float *x, float *y, int64_t n) {
+    by_lanes(n, [&](int64_t i, int64_t lanes) QUAMBA_BODY { store(y + i, exp2(load(x + i, lanes)), lanes); });
+}
+
 void exp_array(const float *x, float *y, int64_t n) {
     by_lanes(n, [&](int64_t i, int64_t lanes) QUAMBA_BODY { store(y + i, exp(load(x + i, lanes)), lanes); });
 }

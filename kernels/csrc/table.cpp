@@ -8,10 +8,11 @@ namespace quamba {
 
 extern const Kernels QUAMBA_JOIN(kernels_, QUAMBA_ISA);
 const Kernels QUAMBA_JOIN(kernels_, QUAMBA_ISA) = {
-    QUAMBA_ISA::linear,    QUAMBA_ISA::epilogue,  QUAMBA_ISA::float_linear,   QUAMBA_ISA::expand,     QUAMBA_ISA::conv,
-    QUAMBA_ISA::scan,      QUAMBA_ISA::ssd,       QUAMBA_ISA::quantize,       QUAMBA_ISA::rms_norm,   QUAMBA_ISA::gated_norm,
-    QUAMBA_ISA::hadamard,  QUAMBA_ISA::dense,     QUAMBA_ISA::elementwise,    QUAMBA_ISA::embedding,
-    QUAMBA_ISA::exp_array, QUAMBA_ISA::softplus_array, QUAMBA_ISA::silu_array,
+    QUAMBA_ISA::linear,         QUAMBA_ISA::epilogue,   QUAMBA_ISA::float_linear, QUAMBA_ISA::expand,
+    QUAMBA_ISA::conv,           QUAMBA_ISA::scan,       QUAMBA_ISA::ssd,          QUAMBA_ISA::quantize,
+    QUAMBA_ISA::rms_norm,       QUAMBA_ISA::gated_norm, QUAMBA_ISA::hadamard,     QUAMBA_ISA::dense,
+    QUAMBA_ISA::elementwise,    QUAMBA_ISA::embedding,  QUAMBA_ISA::exp2_array,   QUAMBA_ISA::exp_array,
+    QUAMBA_ISA::softplus_array, QUAMBA_ISA::silu_array,
 };
 
 }  // namespace quamba

@@ -19,6 +19,7 @@ from quamba.formats.architecture import TIES
 from quamba.formats.location import Location, locate
 from quamba.formats.repairs import Repairs, count, some
 from quamba.formats.tensors import LiveTensors, TensorFiles, Tensors, View, read_json
+from quamba.plan import MULTIPLIER
 
 HEAD, EMBEDDING = "lm_head.weight", "backbone.embedding.weight"
 CONFIGS = ("config.json", "params.json")
@@ -55,11 +56,18 @@ class Checkpoint:
         return not self.config.plan.is_float
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors by our names, memory-mapped, float ones checked to be finite. Raises CheckpointError."""
+        """Tensors by our names, memory-mapped; float ones are checked to be finite, integer group scales to be small enough
+        for int8 products. Raises CheckpointError."""
         tensors = self.files.read(names)
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not is_finite(tensor):
                 raise CheckpointError(f"{self.location.name}: tensor {name} holds NaN or infinite values")
+            if tensor.dtype == torch.int8 and name.endswith("weight_group_scale") and tensor.numel():
+                low, high = map(int, tensor.aminmax())
+                if low < -MULTIPLIER or high > MULTIPLIER:
+                    raise CheckpointError(
+                        f"{self.location.name}: tensor {name} holds {low} to {high}; at most {MULTIPLIER} in magnitude"
+                    )
         return tensors
 
     def block(self, index: int) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ _IGNORED = (
 )
 
 
+@torch.inference_mode(False)
 def load_model(model: Any, *, dtype: Any = "auto", device: Any = None, device_map: Any = None, **kwargs: Any):
     """See `QuambaLMHeadModel.from_pretrained`. Tensors stay memory-mapped where dtype and device allow."""
     dtype = kwargs.pop("torch_dtype", dtype)
@@ -44,8 +45,10 @@ def load_model(model: Any, *, dtype: Any = "auto", device: Any = None, device_ma
     return build(checkpoint, as_dtype(dtype), as_device(device, device_map))
 
 
+@torch.inference_mode(False)
 def build(checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: torch.device | None = None):
-    """The model of an open checkpoint; dtype of the float parts None: as stored."""
+    """The model of an open checkpoint; dtype of the float parts None: as stored. Its tensors are ordinary ones, whatever
+    mode the caller is in."""
     from quamba.model import QuambaLMHeadModel
 
     config = checkpoint.config

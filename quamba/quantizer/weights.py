@@ -16,13 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import quamba_kernels as kernels
-from quamba.plan import WeightSpec
+from quamba.plan import MULTIPLIER, WeightSpec
 
 RANGES = {8: (-127, 127), 4: (-8, 7)}
 """Smallest and largest code by bits."""
-
-MULTIPLIER = 15
-"""Largest integer group factor: 15 * -8 is an int8 code."""
 
 REACH = 7.5
 """A group's largest magnitude in steps, by absmax: nothing errs by more than half a step, whatever its sign."""

@@ -43,6 +43,25 @@ void must(bool right, const char *what) {
     std::exit(1);
 }
 
+// The sums of integer int4 products against plain ones.
+void check_int4(quamba_linear_args a, std::vector<int32_t> &acc) {
+    const int64_t groups = (a.inputs + a.group - 1) / a.group, half = a.group / 2;
+    const auto *x = static_cast<const int8_t *>(a.x), *scale = static_cast<const int8_t *>(a.group_scale);
+    const auto *packed = static_cast<const uint8_t *>(a.weight);
+    a.acc = acc.data(), a.y = nullptr;
+    must(quamba_int8_linear(&a) == QUAMBA_OK, "int4 linear");
+    for (int64_t m = 0; m < a.rows; ++m)
+        for (int64_t n = 0; n < a.outputs; ++n) {
+            int32_t sum = 0;
+            for (int64_t k = 0; k < a.inputs; ++k) {
+                const int64_t g = k / a.group, i = k % a.group;
+                const int byte = packed[(n * groups + g) * half + i % half], code = i < half ? byte & 15 : byte >> 4;
+                sum += x[m * a.inputs + k] * scale[n * groups + g] * (code < 8 ? code : code - 16);
+            }
+            must(acc[static_cast<size_t>(m * a.outputs + n)] == sum, "a sum of int4 products");
+        }
+}
+
 void linears(int64_t rows, int64_t inputs, int64_t outputs) {
     const auto x = codes(rows * inputs), w = codes(outputs * inputs);
     const auto scale = floats(outputs, 0.0f, 0.01f), x_scale = floats(rows, 0.0f, 0.1f), inv = floats(outputs, 0.0f, 30.0f);
@@ -65,7 +84,11 @@ void linears(int64_t rows, int64_t inputs, int64_t outputs) {
     a.codes = rounded.data(), a.inv = inv.data(), a.inv_stride = 1;
     must(quamba_int8_linear(&a) == QUAMBA_OK, "int8_linear");
     mix(rounded);
-    a.codes = nullptr, a.y = y.data();
+    a.acc = acc.data();
+    std::vector<int8_t> again(rounded.size());
+    a.codes = again.data();
+    must(quamba_int8_epilogue(&a) == QUAMBA_OK && again == rounded, "int8_epilogue");
+    a.acc = nullptr, a.codes = nullptr, a.y = y.data();
     for (int64_t group : {0, 32, 64, 128}) {
         const int64_t groups = group ? (inputs + group - 1) / group : 1;
         const auto packed = codes(outputs * groups * group / 2);
@@ -80,6 +103,7 @@ void linears(int64_t rows, int64_t inputs, int64_t outputs) {
             a.x = x.data();
             must(quamba_int8_linear(&a) == QUAMBA_OK, "int4 linear");
             mix(y);
+            if (group && !is_float) check_int4(a, acc);
             a.x = real.data();
             must(quamba_float_linear(&a) == QUAMBA_OK, "float_linear");
             mix(y);
@@ -134,7 +158,10 @@ void rows(int64_t count, int64_t width) {
     a.x = x.data(), a.codes = rounded.data(), a.scale = scale.data(), a.rows = count, a.width = width, a.threads = 1;
     must(quamba_quantize(&a) == QUAMBA_OK, "quantize");
     mix(rounded), mix(scale);
-    a.codes = nullptr, a.y = y.data(), a.weight = weight.data(), a.eps = 1e-5;
+    a.weight = weight.data(), a.eps = 1e-5;
+    must(quamba_rms_norm(&a) == QUAMBA_OK, "rms_norm to codes");
+    mix(rounded), mix(scale);
+    a.codes = nullptr, a.scale = nullptr, a.y = y.data();
     must(quamba_rms_norm(&a) == QUAMBA_OK, "rms_norm");
     mix(y);
     a.blocks = 1, a.order = 3, a.weight = signs.data();
@@ -147,7 +174,7 @@ void rows(int64_t count, int64_t width) {
     g.eps = 1e-5, g.groups = 1, g.rows = count, g.width = width, g.threads = 1;
     must(quamba_gated_rms_norm(&g) == QUAMBA_OK, "gated_rms_norm");
     mix(y);
-    for (const char *name : {"exp", "softplus", "silu"}) {
+    for (const char *name : {"exp2", "exp", "softplus", "silu"}) {
         must(quamba_elementary(name, x.data(), y.data(), count * width) == QUAMBA_OK, name);
         mix(y);
     }

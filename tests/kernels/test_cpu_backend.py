@@ -147,6 +147,7 @@ def scan_case(rng, batch, length, inner, states, integer=False):
 
 
 SCANS = [(2, 33, 50, 16), (1, 1, 1536, 16), (3, 2, 16, 1), (1, 9, 5, 3), (1, 5, 33, 256), (2, 130, 17, 7)]
+SCANS += [(2, 33, 150, 16)]  # several blocks of channels and of tokens
 
 
 @pytest.mark.parametrize("integer", [False, True])
@@ -170,10 +171,11 @@ def test_scan(rng, batch, length, inner, states, integer):
     close(cpu.selective_scan(**i), reference.selective_scan(**i))
 
 
-@pytest.mark.parametrize("split", [1, 2, 32, 64, 69])
-def test_scan_hand_off_is_exact(rng, split):
-    i = scan_case(rng, 2, 70, 21, 16, integer=True)
-    whole, parts = torch.zeros(2, 21, 16), torch.zeros(2, 21, 16)
+@pytest.mark.parametrize("split", [1, 2, 7, 8, 9, 32, 64, 69])
+@pytest.mark.parametrize("channels", [21, 150])
+def test_scan_hand_off_is_exact(rng, split, channels):
+    i = scan_case(rng, 2, 70, channels, 16, integer=True)
+    whole, parts = torch.zeros(2, channels, 16), torch.zeros(2, channels, 16)
     want = cpu.selective_scan(**i, state=whole)
     per_token = ("u", "dt", "B", "C", "z")
     pieces = [{k: t[:, s] if k in per_token else t for k, t in i.items()} for s in (slice(split), slice(split, None))]
@@ -236,7 +238,7 @@ def test_quantize_and_norm(rng, shape, dtype):
     torch.testing.assert_close(scale, want_scale, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(("m", "k", "n"), [(64, 1, 1), (70, 33, 17), (65, 768, 131)])
+@pytest.mark.parametrize(("m", "k", "n"), [(64, 1, 1), (70, 33, 17), (65, 768, 700)])
 def test_w8a8_linear_on_torchs_products(rng, m, k, n, monkeypatch):
     monkeypatch.setattr(importlib.import_module("quamba_kernels.cpu.linear"), "_torch_is_better", lambda isa: True)
     calls = []
@@ -290,6 +292,11 @@ def test_hadamard(rng, n, matrix, blocks):
     want, want_scale = reference.hadamard_per_token(x, outer, blocks)
     same_codes(got, want)
     torch.testing.assert_close(scale, want_scale, rtol=1e-6, atol=1e-9)
+    if outer is not None:  # a view that has to be copied
+        assert torch.equal(cpu.hadamard(x, outer.T, blocks), cpu.hadamard(x, outer.T.contiguous(), blocks))
+        got, scale = cpu.hadamard_per_token(x, outer.T, blocks)
+        want, want_scale = cpu.hadamard_per_token(x, outer.T.contiguous(), blocks)
+        assert torch.equal(got, want) and torch.equal(scale, want_scale)
     half = cpu.hadamard(x.bfloat16(), outer, blocks)
     close(half, reference.hadamard(x.bfloat16(), outer, blocks), 2**-7)
 
@@ -314,6 +321,66 @@ def test_variants_give_the_same_bits(rng, variant):
         assert all(torch.equal(a, b) for a, b in zip(here, everything(), strict=True))
 
 
+def test_torchs_default_dtype_doesnt_matter(rng):
+    """C writes float32; a result of the default dtype would be too short for it."""
+    i, x = scan_case(rng, 1, 9, 33, 16), normal(rng, 5, 192)
+    x_codes, w, s = codes(rng, 5, 33), codes(rng, 7, 33), torch.rand(7, generator=rng)
+    packed, ids = reference.pack_int4(codes(rng, 7, 64).clamp_(-8, 7), 32), torch.tensor([1, 4])
+    g, z, B = torch.ones(7, 2, dtype=torch.int8), normal(rng, 5, 192), normal(rng, 1, 5, 1, 8)
+    many, many_codes = normal(rng, 40, 600), codes(rng, 7, 600)
+    one = torch.ones(192, dtype=torch.float32)
+
+    def everything():
+        outer_matrix.cache_clear()
+        return [
+            cpu.selective_scan(**i),
+            cpu.ssd_scan(
+                x.view(1, 5, 12, 16), z[None, :, :12], -s[:1].expand(12), B, B, s[:1].expand(12), s[:1].expand(12)
+            ),
+            cpu.gate(x, z),
+            cpu.gated_rms_norm(x, z, one, 1e-5),
+            cpu.rms_norm(x, one, 1e-5),
+            *cpu.rms_norm_per_token(x, one, 1e-5),
+            *cpu.quantize_per_token(x),
+            cpu.hadamard(x, outer_matrix("paley12")),
+            cpu.linear(x[:2], z),
+            cpu.w8a8_linear(x_codes, s[0], w, s),
+            cpu.w8_linear(x[:, :33], w, s),
+            cpu.w8_linear(many, many_codes, s),
+            cpu.w4a8_linear(many_codes[:, :64].contiguous(), s[0], packed, g, s),
+            cpu.embedding(ids, w, s),
+        ]
+
+    want = everything()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = everything()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        outer_matrix.cache_clear()
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "why"),
+    [
+        (lambda x, w, s: cpu.w8a8_linear(x, 0.03, w, s), TypeError, "x_scale: expected float32, got float"),
+        (
+            lambda x, w, s: cpu.hadamard(s, torch.tensor(1.0)),
+            ValueError,
+            "outer: expected a tensor with at least one axis",
+        ),
+        (lambda x, w, s: cpu.hadamard(s, torch.ones(0, 0)), ValueError, "outer: has no entries"),
+        (lambda x, w, s: cpu.hadamard(s, torch.ones(2, 3)), ValueError, "outer: expected shape"),
+        (lambda x, w, s: cpu.hadamard_per_token(s, torch.ones(3, 3)), ValueError, "8 entries aren't"),
+        (lambda x, w, s: cpu.rms_norm_per_token(s, torch.ones(7), 1e-5), ValueError, "weight: expected shape"),
+    ],
+)
+def test_wrong_arguments_are_named(call, error, why):
+    with pytest.raises(error, match=why):
+        call(torch.zeros(2, 8, dtype=torch.int8), torch.zeros(8, 8, dtype=torch.int8), torch.ones(8))
+
+
 def test_elementary_functions():
     """The errors stated in elementary.h."""
     from ctypes import POINTER, c_float, cast
@@ -330,6 +397,7 @@ def test_elementary_functions():
     x = torch.cat([wide, near])
     d = x.double()
     stated = {
+        "exp2": (torch.exp2(d), 2.0e-7),
         "exp": (d.exp(), 2.2e-7),
         "softplus": (torch.where(d > 0, d, 0) + torch.log1p((-d.abs()).exp()), 2.4e-7),
         "silu": (d / (1 + (-d).exp()), 2.6e-7),

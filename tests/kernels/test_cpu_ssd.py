@@ -5,6 +5,7 @@ import torch
 
 import quamba_kernels as kernels
 from quamba_kernels import cpu
+from tests.kernels.agreement import on_threads
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=f"no compiled library: {cpu.why_not()}")
 VARIANTS = cpu.variants()
@@ -62,15 +63,15 @@ def test_equals_the_reference(variant, shape, integer):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_split_gives_the_same_bits(variant):
-    shape = (2, 9, 4, 20, 2, 12)
+    shape = (2, 40, 4, 20, 2, 12)
     values = arguments(shape, integer=True)
     per_token = ("x", "dt", "B", "C")
     with cpu.force_variant(variant):
         whole_state = torch.zeros(2, 4, 20, 12)
         whole = cpu.ssd_scan(**values, state=whole_state)
-        for cut in range(1, 9):
+        for cut in (1, 2, 3, 15, 16, 17, 33, 39):
             state, pieces = torch.zeros(2, 4, 20, 12), []
-            for run in (slice(0, cut), slice(cut, 9)):
+            for run in (slice(0, cut), slice(cut, 40)):
                 piece = {name: t[:, run] if name in per_token else t for name, t in values.items()}
                 pieces.append(cpu.ssd_scan(**piece, state=state))
             assert torch.equal(torch.cat(pieces, 1), whole) and torch.equal(state, whole_state)
@@ -83,6 +84,8 @@ def test_variants_threads_strides_and_halves_agree():
         with cpu.force_variant(variant):
             found.append(cpu.ssd_scan(**values))
     assert all(torch.equal(other, found[0]) for other in found)
+    long = arguments((1, 40, 6, 40, 2, 24), integer=True)
+    on_threads(lambda: cpu.ssd_scan(**long))
     wide = torch.zeros(2, 6, 200, dtype=torch.int8)
     wide[..., 7:103] = values["x"].flatten(2)
     assert torch.equal(cpu.ssd_scan(**values | {"x": wide[..., 7:103].unflatten(-1, (4, 24))}), found[0])

@@ -9,6 +9,7 @@ import quamba
 import quamba_kernels
 from quamba import QuambaLMHeadModel, bundled
 from quamba.formats import load_tokenizer
+from quamba_kernels import cpu
 
 # Bars. Perplexity: the project's own, 0.5 % of float. KL: logit noise of standard deviation e costs about e^2 / 2 nats;
 # rounding eight blocks' activations to 1/127 of each token's largest value leaves e near 3 %, so 0.0005, doubled here.
@@ -82,6 +83,25 @@ def test_hand_off_differs_by_less_than_a_hundredth_of_the_quantization_error(mod
     gap = whole.topk(2).values
     sure = (gap[..., 0] - gap[..., 1]) > (whole - stepped).abs().amax(-1)
     assert torch.equal(whole.argmax(-1)[sure], stepped.argmax(-1)[sure]) and sure.float().mean() > sure_tokens
+
+
+@pytest.mark.skipif(not cpu.available(), reason=f"no C++ kernels: {cpu.why_not()}")
+def test_backends_differ_by_less_than_a_twentieth_of_the_quantization_error(models):
+    """The mean KL between quantized and float, on each backend and instruction set."""
+    exact, quantized = models
+    text = bundled.sample("wikitext2_sample").read_text(encoding="utf-8")[:20_000]
+    ids = torch.tensor(load_tokenizer("mamba1-nano")(text)["input_ids"])[: 8 * 512].view(-1, 512)
+    p = exact(ids).logits.log_softmax(-1)
+
+    def kl():
+        q = quantized(ids).logits.log_softmax(-1)
+        return float((p.exp() * (p - q)).sum(-1).double().mean())
+
+    with quamba_kernels.backend("reference"):
+        expected = kl()
+    for variant in cpu.variants():
+        with quamba_kernels.backend("cpu"), cpu.force_variant(variant):
+            assert abs(kl() - expected) < 0.05 * expected, variant
 
 
 def test_greedy_text_is_what_the_float_model_would_say(models):

@@ -163,6 +163,15 @@ def test_a_changed_model_is_noticed(model, change):
     assert not torch.equal(got.float(), before)
 
 
+def test_a_hook_that_was_there_before(model):
+    forget(model)
+    hook(model)
+    with torch.no_grad():
+        got, _ = decode(model, ids_of(1, 8))
+        want, _ = decode(model, ids_of(1, 8), eager=True)
+    assert torch.equal(got, want)
+
+
 def test_other_states_batches_backends_and_threads(model):
     a, b, many = ids_of(1, 10, 3), ids_of(1, 10, 4), ids_of(2, 10, 5)
     with torch.no_grad():
@@ -265,6 +274,38 @@ def test_inference_mode_hidden_states_masks_and_generate(model):
     assert steps(model)
     slow = model.generate(ids, attention_mask=mask, use_cache=False, **options)
     assert torch.equal(fast, slow)
+
+
+def test_a_changed_scale_is_noticed():
+    """Its inverse was computed before anything was recorded, and kept."""
+    model = quamba.quantize(random_model("mamba1", **SMALL), "w8a8", calibration=ids_of(2, 16))
+    ids = ids_of(1, 8, seed=2)
+    with torch.no_grad():
+        before, _ = decode(model, ids)
+        assert len(steps(model)) == 1
+        scales = model.backbone.layers[0].scales
+        scales.load_state_dict({"x": scales.x * 4}, strict=False)
+        got, _ = decode(model, ids)
+        want, _ = decode(model, ids, eager=True)
+    assert torch.equal(got, want)
+    assert not torch.equal(got, before)
+
+
+def test_a_model_made_in_inference_mode():
+    with torch.inference_mode():
+        model = FLOATS["mamba1"]()
+        assert next(model.parameters()).is_inference()
+        got, _ = decode(model, ids_of(1, 8))
+        assert not steps(model)
+        assert torch.equal(got, decode(model, ids_of(1, 8), eager=True)[0])
+
+
+def test_a_model_loaded_in_inference_mode():
+    with torch.inference_mode():
+        model = QuambaLMHeadModel.from_pretrained("mamba1-nano")
+        assert not any(t.is_inference() for t in (*model.parameters(), *model.buffers()))
+        decode(model, ids_of(1, 8))
+        assert len(steps(model)) == 1
 
 
 def test_an_id_beyond_the_vocabulary(model):

@@ -2,7 +2,8 @@
 
 Every op checks shapes, dtypes and devices before it calls C: ValueError or TypeError naming the tensor. Calls that
 autograd has to see go to the reference, as do sizes that the library doesn't take. Packing and unpacking are
-torch's, and so are the products of float and of weight-only linears over many rows.
+torch's, and so are the products of float and of weight-only linears over many rows, and on machines with VNNI those of
+integer ones, if torch passes a self-test.
 """
 
 from quamba_kernels.cpu.conv import causal_conv1d

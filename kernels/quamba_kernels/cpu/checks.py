@@ -63,6 +63,11 @@ def tokens(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory for C to write to, whatever torch's defaults are."""
+    return torch.empty(*shape, dtype=dtype, device="cpu")
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd would have to see this call."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

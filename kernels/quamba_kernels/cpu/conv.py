@@ -11,6 +11,7 @@ from quamba_kernels.cpu.checks import (
     FLOATS_OR_INT8,
     INT8,
     check,
+    empty,
     float_vector,
     needs_grad,
     tokens,
@@ -52,7 +53,7 @@ def causal_conv1d(
         )
 
     args = ConvArgs(is_int8=integer, batch=batch, length=length, channels=channels, taps=taps, threads=threads())
-    out = torch.empty(batch, length, channels, dtype=torch.float32 if inv is None else torch.int8)
+    out = empty(batch, length, channels, dtype=torch.float32 if inv is None else torch.int8)
     if x_scale is not None and weight_scale is not None:
         x_scale, args.x_scale_stride = vector("x_scale", x_scale, channels)
         check("weight_scale", weight_scale, FLOAT32, channels)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from quamba_kernels import reference
-from quamba_kernels.cpu.checks import FLOAT32, FLOATS, check, needs_grad
+from quamba_kernels.cpu.checks import FLOAT32, FLOATS, check, empty, needs_grad
 from quamba_kernels.cpu.library import KINDS, EmbeddingArgs, call, pointer, threads
 from quamba_kernels.reference.int4 import group_size
 
@@ -37,7 +37,7 @@ def embedding(
             group_scale.is_floating_point(),
         )
         group_scale = (group_scale.float() if group_scale.is_floating_point() else group_scale).contiguous()
-    out = torch.empty(*ids.shape, columns, dtype=weight.dtype if scale is None else torch.float32)
+    out = empty(*ids.shape, columns, dtype=weight.dtype if scale is None else torch.float32)
     if out.numel() > 0:
         ids, weight = ids.long().contiguous(), weight.contiguous()
         args.ids, args.table, args.y, args.rows = pointer(ids), pointer(weight), pointer(out), ids.numel()

@@ -1,4 +1,5 @@
-"""Record what a function does in kernel calls, and do it again in one call of C: nothing is allocated, no Python runs.
+"""Record what a function does in kernel calls, and do it again in one call of C: nothing but the result is allocated, no
+Python runs.
 
 While recording, every tensor is watched. What the kernels write, the inputs and the state vary from run to run; all else
 (parameters, and what is computed from them alone) is constant, so that work on it is done once. A torch operation on

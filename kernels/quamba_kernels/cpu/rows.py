@@ -12,6 +12,7 @@ from quamba_kernels.cpu.checks import (
     FLOATS_OR_INT8,
     check,
     code_scale,
+    empty,
     float_vector,
     last_axis,
     needs_grad,
@@ -31,7 +32,7 @@ def _call(op: str, x: Tensor, args: ctypes.Structure) -> None:
 
 def _run(op: str, x: Tensor, width: int, inv: Tensor | None, args: ctypes.Structure) -> Tensor:
     """float32, or int8 codes with `inv`."""
-    out = torch.empty(x.shape, dtype=torch.float32 if inv is None else torch.int8)
+    out = empty(*x.shape, dtype=torch.float32 if inv is None else torch.int8)
     if inv is not None:
         inv, args.inv_stride = vector("inv", inv, width)
         args.inv, args.codes = pointer(inv), pointer(out)
@@ -45,7 +46,7 @@ def _per_token(op: str, x: Tensor, width: int, args: ctypes.Structure) -> tuple[
     """int8 codes and their scales."""
     if width == 0:
         raise ValueError("x: no entries to find a scale for")
-    codes, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(*x.shape[:-1], 1)
+    codes, scale = empty(*x.shape, dtype=torch.int8), empty(*x.shape[:-1], 1)
     args.codes, args.scale = pointer(codes), pointer(scale)
     _call(op, x, args)
     return codes, scale
@@ -92,7 +93,7 @@ def gated_rms_norm(
         raise ValueError(f"groups: {width} channels don't split into {groups}")
     if needs_grad(x, z, weight, z_scale):
         return reference.gated_rms_norm(x, z, weight, eps, groups, norm_before_gate, z_scale=z_scale)
-    w, out = float_vector("weight", weight, width), torch.empty(x.shape)
+    w, out = float_vector("weight", weight, width), empty(*x.shape)
     if out.numel() > 0:
         args = GatedNormArgs(weight=pointer(w), eps=eps, groups=groups, norm_before_gate=norm_before_gate)
         _gate(x, z, scale, stride, out, args)
@@ -105,7 +106,7 @@ def gate(x: Tensor, z: Tensor, *, z_scale: Tensor | None = None) -> Tensor:
     scale, stride = code_scale("z", z, z_scale, width)
     if needs_grad(x, z, z_scale):
         return reference.gate(x, z, z_scale=z_scale)
-    out = torch.empty(x.shape)
+    out = empty(*x.shape)
     if out.numel() > 0:
         _gate(x, z, scale, stride, out, GatedNormArgs(groups=1))
     return out
@@ -121,7 +122,7 @@ def _gate(x: Tensor, z: Tensor, scale: Tensor | None, stride: int, out: Tensor, 
 
 
 def hadamard(x: Tensor, outer: Tensor | None, blocks: int = 1, inv: Tensor | None = None) -> Tensor:
-    width, args = _transform(x, outer, blocks)
+    width, outer, args = _transform(x, outer, blocks)
     if needs_grad(x):
         return reference.hadamard(x, outer, blocks, inv)
     out = _run("hadamard", x, width, inv, args)
@@ -129,15 +130,20 @@ def hadamard(x: Tensor, outer: Tensor | None, blocks: int = 1, inv: Tensor | Non
 
 
 def hadamard_per_token(x: Tensor, outer: Tensor | None, blocks: int = 1) -> tuple[Tensor, Tensor]:
-    return _per_token("hadamard", x, *_transform(x, outer, blocks))
+    width, outer, args = _transform(x, outer, blocks)
+    return _per_token("hadamard", x, width, args)
 
 
-def _transform(x: Tensor, outer: Tensor | None, blocks: int) -> tuple[int, ctypes.Structure]:
+def _transform(x: Tensor, outer: Tensor | None, blocks: int) -> tuple[int, Tensor | None, ctypes.Structure]:
+    """The width, and the outer matrix, to be kept alive during the call, with arguments that point there."""
     width = last_axis("x", x, FLOATS)
     order = 1
     if outer is not None:
-        check("outer", outer, FLOAT32, outer.shape[0], outer.shape[0])
-        outer, order = outer.contiguous(), outer.shape[0]
+        order = last_axis("outer", outer, FLOAT32)
+        check("outer", outer, FLOAT32, order, order)
+        outer = outer.contiguous()
+        if order == 0:
+            raise ValueError("outer: has no entries")
     if blocks < 1 or width == 0 or width % (blocks * order) or (power := width // (blocks * order)) & (power - 1):
         raise ValueError(f"x: {width} entries aren't {blocks} blocks of {order} times a power of two")
-    return width, RowsArgs(weight=pointer(outer), blocks=blocks, order=order)
+    return width, outer, RowsArgs(weight=pointer(outer), blocks=blocks, order=order)

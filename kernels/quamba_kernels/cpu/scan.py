@@ -11,6 +11,7 @@ from quamba_kernels.cpu.checks import (
     FLOATS_OR_INT8,
     check,
     code_scale,
+    empty,
     float_vector,
     needs_grad,
     tokens,
@@ -55,7 +56,7 @@ def selective_scan(
         return reference.selective_scan(
             u, dt, A, B, C, D, z, dt_bias, state=state, mask=mask, u_scale=u_scale, z_scale=z_scale
         )
-    y = torch.empty(batch, length, channels)
+    y = empty(batch, length, channels)
     if y.numel() == 0:
         return y
     args = ScanArgs(u_scale_stride=u_scale_stride, z_scale_stride=z_scale_stride, threads=threads())

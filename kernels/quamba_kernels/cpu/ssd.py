@@ -13,6 +13,7 @@ from quamba_kernels.cpu.checks import (
     FLOATS_OR_INT8,
     check,
     code_scale,
+    empty,
     float_vector,
     needs_grad,
     tokens,
@@ -77,7 +78,7 @@ def ssd_scan(
             B_scale=B_scale,
             C_scale=C_scale,
         )
-    y = torch.empty(batch, length, heads, width)
+    y = empty(batch, length, heads, width)
     if y.numel() == 0:
         return y
     args = SsdArgs(dt_min=dt_limit[0], dt_max=dt_limit[1], D_per_channel=D.dim() == 2, threads=threads())

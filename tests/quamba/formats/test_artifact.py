@@ -282,6 +282,16 @@ def test_a_damaged_shard_is_refused(copy, change, why):
         QuambaLMHeadModel.from_pretrained(copy)
 
 
+def test_group_scales_that_int8_products_cant_take_are_refused(tiny, calibration_ids, tmp_path):
+    quamba.quantize(QuambaLMHeadModel.from_pretrained(tiny()), "w4a8", calibration=calibration_ids).save_pretrained(
+        tmp_path
+    )
+    name = "backbone.layers.0.mixer.in_proj.weight_group_scale"
+    rewrite(tmp_path / "block-00000.safetensors", lambda t: t[name].view(-1)[3:4].fill_(-16))
+    with pytest.raises(CheckpointError, match=rf"{name} holds -16 to \d+; at most 15"):
+        QuambaLMHeadModel.from_pretrained(tmp_path)
+
+
 def test_a_shard_of_another_format_or_without_metadata_is_refused(copy):
     rewrite(copy / "head.safetensors", lambda t: None, quamba_format_version="2")
     with pytest.raises(CheckpointError, match=r"head\.safetensors has format '2', not 1"):
