@@ -11,7 +11,7 @@ namespace {
 #if defined(__AVX2__) && !defined(QUAMBA_VNNI)
 
 constexpr bool INT4_PANEL = true;
-constexpr int64_t EIGHT = 32;  // inputs whose products fit int16
+constexpr int64_t FITTING = 32;  // inputs whose products int16 can sum, in pairs
 
 // A strip: what to take away, int32 [STRIP]; then for each group its scales, int32 [STRIP] with int16 twice, and its codes,
 // [group / 4][STRIP][4].
@@ -62,11 +62,11 @@ inline void across_int4(const uint8_t *x, int64_t width, const char *strip, int6
     strip += SLICE;
     for (int64_t g = 0; g < groups; ++g) {
         const char *codes = strip + SLICE;
-        for (int64_t k0 = 0; k0 < group; k0 += EIGHT, x += EIGHT) {
+        for (int64_t k0 = 0; k0 < group; k0 += FITTING, x += FITTING) {
             Wide acc[M][NP];
 #pragma GCC unroll 16
             for (int m = 0; m < M; ++m) acc[m][0] = acc[m][1] = zero();
-            for (int64_t k = 0; k < EIGHT; k += 4, codes += SLICE) {
+            for (int64_t k = 0; k < FITTING; k += 4, codes += SLICE) {
                 const Wide w0 = load_bits(codes), w1 = load_bits(codes + 32);
 #pragma GCC unroll 16
                 for (int m = 0; m < M; ++m) {

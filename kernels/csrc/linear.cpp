@@ -1,7 +1,8 @@
 // int8 x int8 linear on the stored row-major layout.
 //
-// Few rows of x: products along the rows, the weight read once, from far away; for more than one, int4 is expanded NR rows at a
-// time, just before their use. More rows: a task is a chunk of x times a panel of the weight, which a thread packs at its first chunk.
+// Few rows of x: products along the rows, the weight read once, from far away; for more than one, int4 is expanded NR rows at
+// a time, just before their use. More rows: a task is a chunk of x times a panel of the weight, which a thread packs at its
+// first chunk.
 #include "int4_panel.h"
 #include "int4_row.h"
 #include "ops.h"

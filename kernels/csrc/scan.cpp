@@ -99,7 +99,8 @@ void block(const quamba_scan_args &a, int64_t b, int64_t c0, int64_t count, Work
             }
         });
     }
-    if (state) by_lanes(count, [&](int64_t c, int64_t lanes) { from_lanes(w.lanes + 2 * c * N + N * LANES, lanes, N, state + c * N); });
+    if (!state) return;
+    by_lanes(count, [&](int64_t c, int64_t lanes) { from_lanes(w.lanes + (2 * c + LANES) * N, lanes, N, state + c * N); });
 }
 
 }  // namespace

@@ -38,7 +38,8 @@ void read(const quamba_ssd_args &a, int64_t b, int64_t head, int64_t t0, int64_t
     for (int64_t i = 0; i < tokens; ++i) {
         const int64_t t = t0 + i;
         raw[i] = a.dt[b * a.dt_batch_stride + t * a.dt_token_stride + head] + a.dt_bias[head];
-        const int64_t B_at = b * a.B_batch_stride + t * a.B_token_stride + at, C_at = b * a.C_batch_stride + t * a.C_token_stride + at;
+        const int64_t B_at = b * a.B_batch_stride + t * a.B_token_stride + at;
+        const int64_t C_at = b * a.C_batch_stride + t * a.C_token_stride + at;
         real(a.B, a.B_is_int8, B_at, a.B_scale, a.B_scale_stride, at, N, w.B + i * QUAMBA_MAX_STATE);
         real(a.C, a.C_is_int8, C_at, a.C_scale, a.C_scale_stride, at, N, w.C + i * QUAMBA_MAX_STATE);
     }
@@ -65,7 +66,7 @@ QUAMBA_INLINE void recur(const Work &w, int64_t i, const F16 *x, F16 *y, int64_t
     }
 }
 
-// Channels p0 .. p0 + count of a head and tokens t0 .. t0 + tokens.
+// `count` channels from `channel` on, all of one head, and tokens t0 .. t0 + tokens.
 void block(const quamba_ssd_args &a, const Work &w, int64_t b, int64_t channel, int64_t count, const F16 &D, int64_t t0,
            int64_t tokens, float *h) {
     const F16 scale = a.x_is_int8 ? load_vector(a.x_scale, a.x_scale_stride, channel, count) : splat(1.0f);

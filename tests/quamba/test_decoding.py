@@ -164,12 +164,12 @@ def test_a_changed_model_is_noticed(model, change):
 
 
 def test_a_hook_that_was_there_before(model):
+    calls = []
     forget(model)
-    hook(model)
+    model.backbone.layers[0].register_forward_hook(lambda m, args, out: calls.append(1))
     with torch.no_grad():
-        got, _ = decode(model, ids_of(1, 8))
-        want, _ = decode(model, ids_of(1, 8), eager=True)
-    assert torch.equal(got, want)
+        decode(model, ids_of(1, 8))
+    assert len(calls) == 6  # the prompt of three tokens, and each of five
 
 
 def test_other_states_batches_backends_and_threads(model):
