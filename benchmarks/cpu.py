@@ -160,7 +160,7 @@ class Bench:
     def sizes(self, format: Format, prompt: int) -> tuple[int, int]:
         """Tokens of prompt and of decoding that this format is given."""
         most = self.model.slow if format.engine == "transformers" else (prompt, self.options.decode)
-        return min(prompt, most[0]), min(self.options.decode, most[1])
+        return min(prompt, most[0]) // format.fewer, min(self.options.decode, most[1]) // format.fewer
 
     def rounds(self, prompt: int) -> int:
         rounds = self.options.rounds or self.model.rounds

@@ -29,7 +29,8 @@ MODELS = {
 @dataclass(frozen=True)
 class Format:
     """source: the file it reads, by default its own; dtype: that the engine is asked for; recipe: preset and, unless it is
-    the preset's own, whether embedding and head are quantized; against: what its ratios are taken to."""
+    the preset's own, whether embedding and head are quantized; against: what its ratios are taken to; fewer: the divisor
+    of what it is given to read and to decode, being slower still."""
 
     engine: str
     name: str
@@ -38,6 +39,7 @@ class Format:
     recipe: tuple[str, bool | None] | None = None
     against: tuple[str, ...] = ()
     families: tuple[str, ...] = ("mamba1", "mamba2")
+    fewer: int = 1
 
     @property
     def key(self) -> str:
@@ -58,7 +60,7 @@ FORMATS = [
     Format("quamba", "W4A8", recipe=("w4a8", None), against=("llama.cpp Q4_0", "llama.cpp Q4_K_M", FLOAT)),
     Format("quamba", "W4A16", recipe=("w4a16", None), against=("llama.cpp Q4_0", "llama.cpp Q4_K_M", FLOAT)),
     Format("transformers", "float32", dtype="float32"),
-    Format("transformers", "bf16", dtype="bfloat16"),
+    Format("transformers", "bf16", dtype="bfloat16", fewer=4),
     *[Format("llama.cpp", kind) for kind in ("F16", "Q8_0", "Q4_0", "Q4_K_M")],
 ]
 INTEGER = (WHOLE, "W4A8")  # all large products are calls of the C++ library
