@@ -21,6 +21,8 @@ from quamba.plan import BlockPlan, Plan
 from quamba.schema import read_dataclass
 from quamba.state import LayerState, QuambaState, StateSpec
 
+MOST_TOKENS = 1 << 13  # of all rows together, that are read at once where their logits aren't asked for
+
 
 class Block(nn.Module):
     """Norm, mixer, residual, and where the architecture has one norm, MLP, residual. `scales` holds the static scales of
@@ -199,7 +201,8 @@ class QuambaLMHeadModel(PreTrainedModel, GenerationMixin):
 
         attention_mask `[B, L or longer]`, 1 for real tokens: without a state one run of ones a row, with a state zeros
         only in front of a row's first real token. past_key_values: a state, continued and updated in place; `use_cache`
-        alone makes a new one. logits_to_keep: only the last so many positions (0: all), or an index of positions.
+        alone makes a new one. logits_to_keep: only the last so many positions (0: all), or an index of positions; with a
+        number and a state, prompts of more than MOST_TOKENS tokens are read in pieces, so that their activations fit.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -219,15 +222,22 @@ class QuambaLMHeadModel(PreTrainedModel, GenerationMixin):
         hidden: list[Tensor] | None = [] if output_hidden_states else None
         layers = None if state is None else state.layers
 
-        def run(ids_or_embeds: Tensor) -> Tensor:
-            x = ids_or_embeds if input_ids is None else self.backbone.embedding(ids_or_embeds)
-            return self._logits(x, layers, mask, keep, hidden)
+        def run(ids_or_embeds: Tensor, tokens: slice = slice(None), keep: slice | Tensor = keep) -> Tensor:
+            x = ids_or_embeds[:, tokens]
+            x = x if input_ids is None else self.backbone.embedding(x)
+            return self._logits(x, layers, None if mask is None else mask[:, tokens], keep, hidden)
 
         one_plain_token = length == 1 and mask is None and hidden is None and not isinstance(keep, Tensor)
         if state is not None and input_ids is not None and one_plain_token:
             logits = self._decoder(self, input_ids, state, run)
         else:
-            logits = run(given)
+            start = 0
+            if state is not None and hidden is None and isinstance(logits_to_keep, int) and logits_to_keep:
+                most = max(1, MOST_TOKENS // max(1, batch))
+                for end in range(most, length - logits_to_keep + 1, most):  # only the last piece's logits are asked for
+                    run(given, slice(start, end), slice(0, 0))
+                    start = end
+            logits = run(given, slice(start, None))
         if state is not None:
             state.advance(length, mask)
         if self._check_logits:

@@ -53,32 +53,45 @@ class Linear(WeightedModule):
         bias = self.vector("bias") if add_bias and self.bias is not None else None
         if bias is not None and not self.spec.is_float:
             bias = bias.float()
-        inv = None if out is None else out.inv
-        y: Tensor
+        if out is None or len(out.runs) == 1 or self.spec.is_float:
+            y = self._product(x, bias, None if out is None else out.inv)
+            return y if out is None else out.finish(y)
+        done, start = [], 0
+        for run in out.runs:
+            rows = slice(start, start + sum(run.sizes))
+            pieces = run.finish(self._product(x, bias, run.inv, rows))
+            done += pieces if isinstance(pieces, list) else [pieces]
+            start = rows.stop
+        return done
+
+    def _product(
+        self, x: Tensor | QTensor, bias: Tensor | None, inv: Tensor | None, rows: slice | None = None
+    ) -> Tensor:
+        """Some rows' outputs, or all: float, or codes by inv."""
+
+        def part(t: Tensor) -> Tensor:
+            return t if rows is None else t[rows]
+
+        bias = None if bias is None else part(bias)
         if isinstance(x, QTensor):
             if x.axis == "channel":
                 raise TypeError("an integer linear takes per-tensor or per-token scales, not channel scales")
             if self.spec.bits == 8:
-                y = kernels.w8a8_linear(x.values, x.scale, self.weight, self.row_scale(self.outputs), bias, inv)
-            elif self.spec.bits == 4:
-                y = kernels.w4a8_linear(
-                    x.values, x.scale, self.weight_packed, self.weight_group_scale, self.weight_scale, bias, inv
-                )
-            else:
-                raise TypeError(
-                    "a linear with float weights was given a QTensor: its plan and its input's site disagree"
-                )
-        elif self.integer_input:
+                scale = part(self.row_scale(self.outputs))
+                return kernels.w8a8_linear(x.values, x.scale, part(self.weight), scale, bias, inv)
+            if self.spec.bits == 4:
+                group_scale, scale = part(self.weight_group_scale), part(self.weight_scale)
+                return kernels.w4a8_linear(x.values, x.scale, part(self.weight_packed), group_scale, scale, bias, inv)
+            raise TypeError("a linear with float weights was given a QTensor: its plan and its input's site disagree")
+        if self.integer_input:
             raise TypeError("a linear planned for integer inputs was given a float tensor")
-        elif self.spec.bits == 8:
-            y = kernels.w8_linear(x, self.weight, self.row_scale(self.outputs), bias, inv)
-        elif self.spec.bits == 4:
-            y = kernels.w4_linear(x, self.weight_packed, self.weight_group_scale, self.weight_scale, bias, inv)
-        else:
-            y = kernels.linear(x, self.weight, bias)
-            if inv is not None:
-                y = kernels.quantize(y, inv)
-        return y if out is None else out.finish(y)
+        if self.spec.bits == 8:
+            return kernels.w8_linear(x, part(self.weight), part(self.row_scale(self.outputs)), bias, inv)
+        if self.spec.bits == 4:
+            group_scale, scale = part(self.weight_group_scale), part(self.weight_scale)
+            return kernels.w4_linear(x, part(self.weight_packed), group_scale, scale, bias, inv)
+        y = kernels.linear(x, self.weight, bias)
+        return y if inv is None else kernels.quantize(y, inv)
 
     def extra_repr(self) -> str:
         return f"{self.inputs}, {self.outputs}, bits={self.spec.bits}"

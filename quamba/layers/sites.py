@@ -7,6 +7,7 @@ same call is the point of observation, so calibration needs no hooks and no seco
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -67,7 +68,8 @@ class Sites(PreciseModule):
 class Output:
     """The epilogue of a producing op: `inv` for the kernel, and `finish` to hand its result on.
 
-    `integer`: some of it will be rounded to codes, so a float result should come in float32.
+    `integer`: some of it will be rounded to codes, so a float result should come in float32. `runs`: itself; or of a mixture
+    of static sites and others, those side by side that are alike, so that an op can round what is static.
     """
 
     def __init__(self, sites: Sites, names: tuple[str, ...]):
@@ -82,6 +84,9 @@ class Output:
         if len(static) == len(names):
             pieces = [self.inverse[name].expand(size) for name, size in zip(names, self.sizes, strict=True)]
             self.inv = self.inverse[names[0]] if len(names) == 1 else torch.cat(pieces)
+        self.runs = [self]
+        if 0 < len(static) < len(names):
+            self.runs = [sites(*run) for _, run in groupby(names, key=static.__contains__)]
 
     @property
     def per_token(self) -> bool:

@@ -127,6 +127,28 @@ def test_left_padded_rows_equal_the_row_alone(model, tolerance, use_state):
             torch.testing.assert_close(step[i, 0], alone, **tolerance)
 
 
+@pytest.mark.parametrize("kept", [1, 3])
+def test_a_long_prompt_is_read_in_pieces(model, tolerance, monkeypatch, kept):
+    ids, mask = ids_of(30, batch=2), torch.ones(2, 30, dtype=torch.long)
+    mask[0, :7] = 0
+    whole = model.new_state()
+    want = model(ids, attention_mask=mask, past_key_values=whole, logits_to_keep=kept).logits
+    monkeypatch.setattr(quamba.model, "MOST_TOKENS", 8)  # four columns
+    lengths = []
+    hook = model.backbone.layers[0].register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    state = model.new_state()
+    try:
+        got = model(ids, attention_mask=mask, past_key_values=state, logits_to_keep=kept).logits
+    finally:
+        hook.remove()
+    assert lengths == ([4] * 7 + [2] if kept == 1 else [4] * 6 + [6])
+    assert got.shape == (2, kept, VOCAB)
+    torch.testing.assert_close(got, want, **tolerance)
+    for layer, expected in zip(state.layers, whole.layers, strict=True):
+        torch.testing.assert_close(layer.recurrent, expected.recurrent, rtol=1e-2, atol=tolerance["atol"])
+    assert torch.equal(state.seen, whole.seen) and state.columns == whole.columns
+
+
 def test_right_padding_without_a_state_reaches_nothing(model, tolerance):
     ids = ids_of(8)
     mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0]])
