@@ -15,11 +15,17 @@ undefined), so that `group_scale * q` is an int8 code itself, or float16. q is s
 group is padded with zeros. The group size follows from the shapes: `2 * packed.shape[1] / groups`. Shapes that don't fit
 are a ValueError.
 
+States of the scans: `state` is the start, overwritten in place with the end; zeros, and discarded, when None. It is float32;
+or float16, saturated at 65504; or int8 codes with `state_scale`, float32 of state's shape without its last axis, the N
+entries of a row: read with the codes and rewritten with them, `scale = absmax/127`, `inv = 127/max(absmax, 1e-10)`. The
+recurrence runs in float32 whatever they are, and a row is rounded once a call, at its end. A call without tokens changes
+nothing. A state_scale without int8 codes, or these without it, is a ValueError.
+
 Backends agree in three classes: int32 accumulators and gathers bit for bit; int8 codes rounded from floats at most 1
 apart, in at most 0.1 % of elements; floats within the tolerance named beside the op.
 
-Backends: `reference/` (torch, any device, the definition of right) and `cpu/` (C++, optional). An op that a backend lacks
-falls through to the reference.
+Backends: `reference/` (torch, any device, the definition of right), `cpu/` (C++, optional) and `triton/` (CUDA and ROCm
+devices, optional). An op that a backend lacks falls through to the reference.
 """
 
 from __future__ import annotations
@@ -64,7 +70,7 @@ __all__ = [
     "w8a8_linear",
 ]
 
-BACKENDS = ("auto", "reference", "cpu")
+BACKENDS = ("auto", "reference", "cpu", "triton")
 _forced = "auto"
 
 
@@ -74,10 +80,25 @@ def _cpu_backend() -> ModuleType | None:
     return cpu if cpu.available() else None
 
 
+def _triton_backend() -> ModuleType | None:
+    from quamba_kernels import triton
+
+    return triton if triton.available() else None
+
+
 def _pick(device_type: str, forced: str) -> ModuleType:
-    if forced == "reference" or device_type != "cpu":
-        return reference
-    return _cpu_backend() or reference
+    if device_type == "cuda" and forced in ("auto", "triton"):  # torch calls ROCm devices so, too
+        return _triton_backend() or reference
+    if device_type == "cpu" and forced == "triton":
+        if (backend := _triton_backend()) is None or not backend.interpreting():
+            raise RuntimeError(
+                "the triton backend takes tensors in main memory only in its interpreter: move them to a GPU, "
+                "or set TRITON_INTERPRET=1 before Python starts"
+            )
+        return backend
+    if device_type == "cpu" and forced != "reference":
+        return _cpu_backend() or reference
+    return reference
 
 
 @functools.cache
@@ -92,9 +113,11 @@ def _op(name: str, device: torch.device) -> Callable:
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Run the enclosed calls on one backend: `auto` (by device), `reference` or `cpu`.
+    """Run the enclosed calls on one backend: `auto` (by device), `reference`, `cpu` or `triton`.
 
-    Raises ValueError for an unknown name, RuntimeError when the compiled library is asked for and can't be loaded.
+    Tensors on devices that it doesn't serve go to the reference; those in main memory that `triton` doesn't serve are a
+    RuntimeError. Raises ValueError for an unknown name, RuntimeError when the compiled library, or triton, is asked for
+    and can't be loaded.
     """
     global _forced
     if name not in BACKENDS:
@@ -103,6 +126,10 @@ def backend(name: str) -> Iterator[None]:
         from quamba_kernels import cpu
 
         raise RuntimeError(f"the cpu backend is not available: {cpu.why_not()}")
+    if name == "triton" and _triton_backend() is None:
+        from quamba_kernels import triton
+
+        raise RuntimeError(f"the triton backend is not available: {triton.why_not()}")
     before, _forced = _forced, name
     try:
         yield
@@ -117,14 +144,19 @@ def backend_name(device: torch.device | str = "cpu") -> str:
 
 def describe(device: torch.device | str = "cpu") -> str:
     """One line for people: which backend runs on `device`, and why not a faster one."""
-    from quamba_kernels import cpu
+    from quamba_kernels import cpu, triton
 
     device = torch.device(device)
-    if backend_name(device) == "cpu":
+    name = backend_name(device)
+    if name == "triton":
+        return f"Triton kernels ({'interpreter, ' if triton.interpreting() else ''}triton {triton.version()})"
+    if name == "cpu":
         count = cpu.threads()
         return f"C++ kernels ({cpu.instruction_set()}, {count} thread{'s' if count > 1 else ''})"
     if device.type == "cpu" and _forced == "auto":
         return f"torch reference kernels ({cpu.why_not()})"
+    if device.type == "cuda" and _forced == "auto":
+        return f"torch reference kernels ({triton.why_not()})"
     return "torch reference kernels"
 
 
@@ -329,6 +361,7 @@ def selective_scan(
     dt_bias: Tensor,
     *,
     state: Tensor | None = None,
+    state_scale: Tensor | None = None,
     mask: Tensor | None = None,
     u_scale: Tensor | None = None,
     z_scale: Tensor | None = None,
@@ -340,12 +373,24 @@ def selective_scan(
         y_t  = (sum_n h_t[n] * C_t[n] + D * u_t) * silu(z_t)     [I]
 
     u, z `[B, L, I]`, float or int8 codes with u_scale / z_scale (0-d or `[I]`); dt `[B, L, I]`; A `[I, N]` (negative);
-    B, C `[B, L, N]`; D, dt_bias `[I]`. state float32 `[B, I, N]`, the start, overwritten in place with the end (zeros
-    and discarded when None). mask bool `[B, L]`: a False token has u = 0 and dt = 0. Returns float32 `[B, L, I]`.
-    Tolerance between backends: 1e-5 relative to the largest output.
+    B, C `[B, L, N]`; D, dt_bias `[I]`. state `[B, I, N]`, state_scale `[B, I]`: see above. mask bool `[B, L]`: a False token
+    has u = 0 and dt = 0. Returns float32 `[B, L, I]`. Tolerance between backends and, with a float32 state, splits of the
+    sequence over calls: 1e-5 relative to the largest output.
     """
     return _op("selective_scan", u.device)(
-        u, dt, A, B, C, D, z, dt_bias, state=state, mask=mask, u_scale=u_scale, z_scale=z_scale
+        u,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        z,
+        dt_bias,
+        state=state,
+        state_scale=state_scale,
+        mask=mask,
+        u_scale=u_scale,
+        z_scale=z_scale,
     )
 
 
@@ -359,6 +404,7 @@ def ssd_scan(
     dt_bias: Tensor,
     *,
     state: Tensor | None = None,
+    state_scale: Tensor | None = None,
     mask: Tensor | None = None,
     dt_limit: tuple[float, float] = (0.0, math.inf),
     chunk_size: int = 256,
@@ -374,10 +420,10 @@ def ssd_scan(
 
     x `[B, L, H, P]`; dt `[B, L, H]`; A `[H]` (negative); B, C `[B, L, G, N]`, each shared by H/G successive heads;
     D `[H]` or `[H, P]`; dt_bias `[H]`; in any strides. All are float; x, B and C may be int8 codes with their scales, 0-d or
-    `[H*P]`, `[G*N]` and `[G*N]`. state float32 `[B, H, P, N]`, the start, overwritten in place with the end (zeros and
-    discarded when None). mask bool `[B, L]`: a False token has x = 0 and dt = 0, whatever dt_limit. chunk_size: tokens that
-    a backend may work on at once; it changes the speed, not the result. Returns float32 `[B, L, H, P]`. Tolerance between
-    backends, chunk sizes and splits of the sequence over calls: 1e-5 relative to the largest output.
+    `[H*P]`, `[G*N]` and `[G*N]`. state `[B, H, P, N]`, state_scale `[B, H, P]`: see above. mask bool `[B, L]`: a False token
+    has x = 0 and dt = 0, whatever dt_limit. chunk_size: tokens that a backend may work on at once; it changes the speed, not
+    the result. Returns float32 `[B, L, H, P]`. Tolerance between backends, chunk sizes and, with a float32 state, splits of
+    the sequence over calls: 1e-5 relative to the largest output.
     """
     return _op("ssd_scan", x.device)(
         x,
@@ -388,6 +434,7 @@ def ssd_scan(
         D,
         dt_bias,
         state=state,
+        state_scale=state_scale,
         mask=mask,
         dt_limit=dt_limit,
         chunk_size=chunk_size,

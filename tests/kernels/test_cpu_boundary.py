@@ -89,7 +89,7 @@ def test_malformed_ssd():
         with pytest.raises(ValueError, match=r"^B_scale"):
             cpu.ssd_scan(**integer, B_scale=scale)
     with pytest.raises(TypeError, match=r"^state"):
-        cpu.ssd_scan(**i, state=torch.zeros(2, 4, 5, 6).half())
+        cpu.ssd_scan(**i, state=torch.zeros(2, 4, 5, 6).bfloat16())
 
 
 def test_malformed_gated_norm():
@@ -121,7 +121,7 @@ def test_malformed_scan():
         with pytest.raises(ValueError, match=rf"^{name}\b"):
             cpu.selective_scan(**{**i, name: value})
     with pytest.raises(TypeError, match=r"^state"):
-        cpu.selective_scan(**i, state=torch.zeros(2, 4, 5).half())
+        cpu.selective_scan(**i, state=torch.zeros(2, 4, 5).bfloat16())
 
 
 def test_malformed_conv(rng):

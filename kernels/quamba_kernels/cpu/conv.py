@@ -4,20 +4,18 @@ import torch
 from torch import Tensor
 
 from quamba_kernels import reference
-from quamba_kernels.cpu.checks import (
+from quamba_kernels.checks import (
     BOOL,
     FLOAT32,
     FLOATS,
     FLOATS_OR_INT8,
     INT8,
     check,
-    empty,
     float_vector,
     needs_grad,
-    tokens,
     vector,
 )
-from quamba_kernels.cpu.library import ConvArgs, call, pointer, threads
+from quamba_kernels.cpu.library import ConvArgs, call, empty, pointer, threads, tokens
 
 MAX_TAPS = 64
 

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from quamba_kernels import reference
-from quamba_kernels.cpu.checks import FLOAT32, FLOATS, check, empty, needs_grad
-from quamba_kernels.cpu.library import KINDS, EmbeddingArgs, call, pointer, threads
+from quamba_kernels.checks import FLOAT32, FLOATS, check, needs_grad
+from quamba_kernels.cpu.library import KINDS, EmbeddingArgs, call, empty, pointer, threads
 from quamba_kernels.reference.int4 import group_size
 
 

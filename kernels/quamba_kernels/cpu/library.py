@@ -5,13 +5,14 @@ import ctypes
 import os
 import re
 import sys
-import threading
 from collections.abc import Iterator
 from ctypes import c_char_p, c_double, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
 import torch  # loaded first: the library then shares torch's OpenMP runtime
+
+from quamba_kernels.recording import listening
 
 ABI = 6
 FILES = ("libquamba_cpu.so", "libquamba_cpu.dylib")
@@ -213,6 +214,17 @@ def check_status(op: str, status: int) -> None:
         raise ValueError(f"{op}: the library refused the arguments (status {status})")
 
 
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Memory for C to write to, whatever torch's defaults are."""
+    return torch.empty(*shape, dtype=dtype, device="cpu")
+
+
+def tokens(t: torch.Tensor) -> torch.Tensor:
+    """`[B, L, C]` as the library takes it: float32 or int8, the last stride 1, the others as they are."""
+    t = t if t.dtype == torch.int8 else t.float()
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
 def pointer(t: torch.Tensor | None) -> int | None:
     """The address of `t`'s first entry, for a structure; who records this call keeps the tensor."""
     if t is None:
@@ -220,11 +232,3 @@ def pointer(t: torch.Tensor | None) -> int | None:
     if (listener := listening.to) is not None:
         listener.keep(t)
     return t.data_ptr()
-
-
-class _Listening(threading.local):
-    to: Any = None
-    """Who is told of this thread's calls: `keep(tensor)` of each pointer, then `note(op, args)`."""
-
-
-listening = _Listening()

@@ -9,46 +9,29 @@ import torch
 from torch import Tensor
 
 from quamba_kernels import reference
-from quamba_kernels.cpu.checks import FLOAT32, FLOATS, INT8, check, empty, last_axis, needs_grad, vector
-from quamba_kernels.cpu.library import KINDS, LinearArgs, call, library, listening, pointer, threads
-from quamba_kernels.reference.int4 import group_size, real_int4
+from quamba_kernels.checks import (
+    FLOATS,
+    INT8,
+    check,
+    check_codes,
+    check_epilogue,
+    check_packed,
+    check_sums,
+    check_x_scale,
+    last_axis,
+    needs_grad,
+    vector,
+)
+from quamba_kernels.cpu.library import KINDS, LinearArgs, call, empty, library, pointer, threads
+from quamba_kernels.recording import listening
+from quamba_kernels.reference.int4 import real_int4
 from quamba_kernels.reference.rounding import finish
 
-MAX_INPUTS = 2**17 - 1  # more products of -128 * -128 overflow int32
 FEW_ROWS = 16  # weight-only: beyond, it pays to make floats of the weight and leave the products to torch
 FEW_ROWS_OF_FLOATS = 4  # float weights: beyond, torch's products are faster
 MANY_ROWS = 64  # int8 products: from here on torch's may be faster
 FEW_INPUTS = 512  # of int8 weights: the C++ is fast for any number of rows, and the same bits for each
 PANEL = 512  # weight rows to make floats of at once: they stay in the cache
-
-
-def _check_codes(x: Tensor, weight: Tensor) -> tuple[int, int]:
-    inputs = last_axis("x", x, INT8)
-    check("weight", weight, INT8, -1, inputs)
-    _check_sums(inputs)
-    return weight.shape[0], inputs
-
-
-def _check_sums(inputs: int) -> None:
-    if inputs > MAX_INPUTS:
-        raise ValueError(f"x: {inputs} inputs could overflow int32, the most is {MAX_INPUTS}")
-
-
-def _check_packed(packed: Tensor, group_scale: Tensor, inputs: int) -> int:
-    check("packed", packed, (torch.uint8,), -1, -1)
-    check("group_scale", group_scale, (torch.int8, torch.float16), packed.shape[0], -1)
-    return group_size(packed, group_scale, inputs)
-
-
-def _check_epilogue(outputs: int, weight_scale: Tensor, bias: Tensor | None) -> None:
-    check("weight_scale", weight_scale, FLOAT32, outputs)
-    if bias is not None:
-        check("bias", bias, FLOAT32, outputs)
-
-
-def _check_x_scale(x: Tensor, x_scale: Tensor) -> None:
-    whole = isinstance(x_scale, Tensor) and x_scale.numel() == 1
-    check("x_scale", x_scale, FLOAT32, *(x_scale.shape if whole else (*x.shape[:-1], 1)))
 
 
 def _int4(group_scale: Tensor, group: int) -> tuple[Tensor, ctypes.Structure]:
@@ -124,7 +107,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def int8_matmul(x: Tensor, weight: Tensor) -> Tensor:
     check("x", x, INT8, -1, -1)
-    outputs, inputs = _check_codes(x, weight)
+    outputs, inputs = check_codes(x, weight)
     acc = empty(x.shape[0], outputs, dtype=torch.int32)
     if acc.numel() == 0 or inputs == 0:
         return acc.zero_()
@@ -136,7 +119,7 @@ def int8_matmul(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def expand_int4(packed: Tensor, group_scale: Tensor, inputs: int) -> Tensor:
-    group = _check_packed(packed, group_scale, inputs)
+    group = check_packed(packed, group_scale, inputs)
     codes = empty(packed.shape[0], inputs, dtype=torch.int8)
     if codes.numel() > 0:
         packed, (group_scale, args) = packed.contiguous(), _int4(group_scale, group)
@@ -154,9 +137,9 @@ def w8a8_linear(
     bias: Tensor | None = None,
     inv: Tensor | None = None,
 ) -> Tensor:
-    outputs, inputs = _check_codes(x, weight)
-    _check_epilogue(outputs, weight_scale, bias)
-    _check_x_scale(x, x_scale)
+    outputs, inputs = check_codes(x, weight)
+    check_epilogue(outputs, weight_scale, bias)
+    check_x_scale(x, x_scale)
     if inputs == 0 or needs_grad(x_scale, weight_scale, bias, inv):
         return reference.w8a8_linear(x, x_scale, weight, weight_scale, bias, inv)
     if _by_torch(x.numel() // inputs):
@@ -209,10 +192,10 @@ def w4a8_linear(
     inv: Tensor | None = None,
 ) -> Tensor:
     inputs = last_axis("x", x, INT8)
-    group = _check_packed(packed, group_scale, inputs)
-    _check_sums(inputs)
-    _check_epilogue(packed.shape[0], weight_scale, bias)
-    _check_x_scale(x, x_scale)
+    group = check_packed(packed, group_scale, inputs)
+    check_sums(inputs)
+    check_epilogue(packed.shape[0], weight_scale, bias)
+    check_x_scale(x, x_scale)
     if needs_grad(x_scale, weight_scale, group_scale, bias, inv):
         return reference.w4a8_linear(x, x_scale, packed, group_scale, weight_scale, bias, inv)
     group_scale, args = _int4(group_scale, group)
@@ -224,7 +207,7 @@ def w8_linear(
 ) -> Tensor:
     inputs = last_axis("x", x, FLOATS)
     check("weight", weight, INT8, -1, inputs)
-    _check_epilogue(weight.shape[0], weight_scale, bias)
+    check_epilogue(weight.shape[0], weight_scale, bias)
     if inputs == 0 or needs_grad(x, weight_scale, bias, inv):
         return reference.w8_linear(x, weight, weight_scale, bias, inv)
     if inputs > FEW_INPUTS and x.numel() > FEW_ROWS * inputs:
@@ -241,8 +224,8 @@ def w4_linear(
     inv: Tensor | None = None,
 ) -> Tensor:
     inputs = last_axis("x", x, FLOATS)
-    group = _check_packed(packed, group_scale, inputs)
-    _check_epilogue(packed.shape[0], weight_scale, bias)
+    group = check_packed(packed, group_scale, inputs)
+    check_epilogue(packed.shape[0], weight_scale, bias)
     if needs_grad(x, weight_scale, group_scale, bias, inv):
         return reference.w4_linear(x, packed, group_scale, weight_scale, bias, inv)
     if x.numel() > FEW_ROWS * inputs:

@@ -6,20 +6,18 @@ import torch
 from torch import Tensor
 
 from quamba_kernels import reference
-from quamba_kernels.cpu.checks import (
+from quamba_kernels.checks import (
     FLOAT32,
     FLOATS,
     FLOATS_OR_INT8,
     check,
     code_scale,
-    empty,
     float_vector,
     last_axis,
     needs_grad,
-    tokens,
     vector,
 )
-from quamba_kernels.cpu.library import GatedNormArgs, RowsArgs, call, pointer, threads
+from quamba_kernels.cpu.library import GatedNormArgs, RowsArgs, call, empty, pointer, threads, tokens
 
 
 def _call(op: str, x: Tensor, args: ctypes.Structure) -> None:

@@ -4,19 +4,18 @@ import torch
 from torch import Tensor
 
 from quamba_kernels import reference
-from quamba_kernels.cpu.checks import (
+from quamba_kernels.checks import (
     BOOL,
-    FLOAT32,
     FLOATS,
     FLOATS_OR_INT8,
     check,
+    check_state,
     code_scale,
-    empty,
     float_vector,
     needs_grad,
-    tokens,
 )
-from quamba_kernels.cpu.library import ScanArgs, call, pointer, threads
+from quamba_kernels.cpu.library import ScanArgs, call, empty, pointer, threads, tokens
+from quamba_kernels.reference.state import load_state, store_state
 
 MAX_STATE = 256
 
@@ -32,6 +31,7 @@ def selective_scan(
     dt_bias: Tensor,
     *,
     state: Tensor | None = None,
+    state_scale: Tensor | None = None,
     mask: Tensor | None = None,
     u_scale: Tensor | None = None,
     z_scale: Tensor | None = None,
@@ -44,8 +44,7 @@ def selective_scan(
     check("B", B, FLOATS, batch, length, states)
     check("C", C, FLOATS, batch, length, states)
     check("z", z, FLOATS_OR_INT8, batch, length, channels)
-    if state is not None:
-        check("state", state, FLOAT32, batch, channels, states)
+    check_state(state, state_scale, batch, channels, states)
     if mask is not None:
         check("mask", mask, BOOL, batch, length)
         mask = mask.contiguous()
@@ -54,7 +53,19 @@ def selective_scan(
     D, dt_bias = float_vector("D", D, channels), float_vector("dt_bias", dt_bias, channels)
     if not 1 <= states <= MAX_STATE or needs_grad(u, dt, A, B, C, D, z, dt_bias, u_scale, z_scale):
         return reference.selective_scan(
-            u, dt, A, B, C, D, z, dt_bias, state=state, mask=mask, u_scale=u_scale, z_scale=z_scale
+            u,
+            dt,
+            A,
+            B,
+            C,
+            D,
+            z,
+            dt_bias,
+            state=state,
+            state_scale=state_scale,
+            mask=mask,
+            u_scale=u_scale,
+            z_scale=z_scale,
         )
     y = empty(batch, length, channels)
     if y.numel() == 0:
@@ -63,7 +74,7 @@ def selective_scan(
     args.batch, args.length, args.channels, args.states = batch, length, channels, states
     args.u_is_int8, args.z_is_int8 = u.dtype == torch.int8, z.dtype == torch.int8
     u, dt, A, B, C, z = tokens(u), tokens(dt), A.float().contiguous(), tokens(B), tokens(C), tokens(z)
-    work = None if state is None else state.contiguous()
+    work = None if state is None else load_state(state, state_scale).contiguous()
     args.u, args.u_batch_stride, args.u_token_stride = pointer(u), u.stride(0), u.stride(1)
     args.z, args.z_batch_stride, args.z_token_stride = pointer(z), z.stride(0), z.stride(1)
     args.dt, args.dt_batch_stride, args.dt_token_stride = pointer(dt), dt.stride(0), dt.stride(1)
@@ -74,5 +85,5 @@ def selective_scan(
     args.state, args.mask = pointer(work), pointer(mask)
     call("selective_scan", args)
     if state is not None and work is not None and work.data_ptr() != state.data_ptr():
-        state.copy_(work)
+        store_state(work, state, state_scale)
     return y

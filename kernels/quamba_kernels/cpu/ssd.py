@@ -6,20 +6,19 @@ import torch
 from torch import Tensor
 
 from quamba_kernels import reference
-from quamba_kernels.cpu.checks import (
+from quamba_kernels.checks import (
     BOOL,
-    FLOAT32,
     FLOATS,
     FLOATS_OR_INT8,
     check,
+    check_state,
     code_scale,
-    empty,
     float_vector,
     needs_grad,
-    tokens,
 )
-from quamba_kernels.cpu.library import SsdArgs, call, pointer, threads
+from quamba_kernels.cpu.library import SsdArgs, call, empty, pointer, threads, tokens
 from quamba_kernels.cpu.scan import MAX_STATE
+from quamba_kernels.reference.state import load_state, store_state
 
 
 def _channels(name: str, x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
@@ -38,6 +37,7 @@ def ssd_scan(
     dt_bias: Tensor,
     *,
     state: Tensor | None = None,
+    state_scale: Tensor | None = None,
     mask: Tensor | None = None,
     dt_limit: tuple[float, float] = (0.0, math.inf),
     chunk_size: int = 256,
@@ -54,8 +54,7 @@ def ssd_scan(
     check("D", D, FLOATS, *((heads, width) if D.dim() == 2 else (heads,)))
     if groups == 0 or heads % groups:
         raise ValueError(f"B: {groups} groups can't share {heads} heads")
-    if state is not None:
-        check("state", state, FLOAT32, batch, heads, width, states)
+    check_state(state, state_scale, batch, heads, width, states)
     if mask is not None:
         check("mask", mask, BOOL, batch, length)
         mask = mask.contiguous()
@@ -71,6 +70,7 @@ def ssd_scan(
             D,
             dt_bias,
             state=state,
+            state_scale=state_scale,
             mask=mask,
             dt_limit=dt_limit,
             chunk_size=chunk_size,
@@ -89,7 +89,7 @@ def ssd_scan(
     C, C_scale, args.C_scale_stride = _channels("C", C, C_scale)
     args.x_is_int8, args.B_is_int8, args.C_is_int8 = (t.dtype == torch.int8 for t in (x, B, C))
     dt, D = tokens(dt), D.float().contiguous()
-    work = None if state is None else state.contiguous()
+    work = None if state is None else load_state(state, state_scale).contiguous()
     args.x, args.x_batch_stride, args.x_token_stride = pointer(x), x.stride(0), x.stride(1)
     args.B, args.B_batch_stride, args.B_token_stride = pointer(B), B.stride(0), B.stride(1)
     args.C, args.C_batch_stride, args.C_token_stride = pointer(C), C.stride(0), C.stride(1)
@@ -99,5 +99,5 @@ def ssd_scan(
     args.state, args.mask = pointer(work), pointer(mask)
     call("ssd_scan", args)
     if state is not None and work is not None and work.data_ptr() != state.data_ptr():
-        state.copy_(work)
+        store_state(work, state, state_scale)
     return y

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quamba_kernels.reference.rounding import real
+from quamba_kernels.reference.state import check_state_scale, load_state, store_state
 
 # Longer chunks cost more than they save on CPUs: work inside a chunk grows with its square.
 MOST = 64
@@ -22,6 +23,7 @@ def ssd_scan(
     dt_bias: Tensor,
     *,
     state: Tensor | None = None,
+    state_scale: Tensor | None = None,
     mask: Tensor | None = None,
     dt_limit: tuple[float, float] = (0.0, math.inf),
     chunk_size: int = 256,
@@ -29,6 +31,7 @@ def ssd_scan(
     B_scale: Tensor | None = None,
     C_scale: Tensor | None = None,
 ) -> Tensor:
+    check_state_scale(state, state_scale)
     x, B, C = (_real(v, scale) for v, scale in ((x, x_scale), (B, B_scale), (C, C_scale)))
     dt = F.softplus(dt.float() + dt_bias)
     if dt_limit != (0.0, math.inf):
@@ -36,7 +39,7 @@ def ssd_scan(
     if mask is not None:
         x, dt = x * mask[:, :, None, None], dt * mask[:, :, None]
     batch, length, heads, width = x.shape
-    h = x.new_zeros(batch, heads, width, B.shape[-1]) if state is None else state
+    h = x.new_zeros(batch, heads, width, B.shape[-1]) if state is None else load_state(state, state_scale)
     step = min(chunk_size, length, MOST)
     scan = _token if step == 1 else _chunk
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -44,7 +47,7 @@ def ssd_scan(
         now = slice(t, t + step)
         y[:, now], h = scan(x[:, now] * dt[:, now, :, None], dt[:, now] * A, B[:, now], C[:, now], h)
     if state is not None and length > 0:
-        state.copy_(h)
+        store_state(h, state, state_scale)
     return y.addcmul_(x, (D if D.ndim == 2 else D[:, None]).expand(heads, width))
 
 
