@@ -4,13 +4,15 @@
 
 PYTHON ?= python3
 TORCH_ARGS ?=
+ARGS ?=
+RESULTS ?= benchmarks/results
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := .venv/.installed
 ORACLE := MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(PIP) install -q -c constraints.txt --no-deps --no-build-isolation
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-emulated test-asan fuzz lint venv clean
+.PHONY: help demo test test-slow test-emulated test-asan aot gpu-test gpu-bench fuzz lint venv clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -43,6 +45,16 @@ test-asan: $(INSTALLED) ## the kernels under the address and undefined behaviour
 	cmake -S kernels -B build/asan-emulated -DCMAKE_BUILD_TYPE=RelWithDebInfo -DQUAMBA_SANITIZED=ON -DQUAMBA_EMULATED=ON
 	cmake --build build/asan-emulated -j2 --target quamba_cpu same_bits
 	ASAN_OPTIONS=detect_leaks=0 build/asan-emulated/same_bits
+
+aot: $(INSTALLED) ## compile all Triton kernels with all their tiles for six GPUs that need not be here
+	$(BIN)/python -m pytest -m slow tests/triton/test_aot.py
+
+# These two run with the Python at hand, its torch and its triton: no .venv is made, nothing is installed.
+gpu-test: ## the kernels on this machine's GPU against float64
+	PYTHONPATH=.:kernels $(PYTHON) -m pytest -rs tests/gpu $(ARGS)
+
+gpu-bench: ## their speed, in under ten minutes (RESULTS=folder)
+	$(PYTHON) benchmarks/gpu.py --json $(RESULTS)/gpu.json --markdown $(RESULTS)/gpu.md
 
 fuzz: $(INSTALLED) ## damage checkpoints at random and load them, for about half an hour
 	$(BIN)/python -m tests.quamba.formats.fuzz --mutants 100000 --seed $${SEED:-1}

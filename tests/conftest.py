@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 torch.set_num_threads(2)
@@ -123,6 +122,8 @@ def write_mamba_ssm(
     folder: Path, shape: Shape, tensors: dict[str, Tensor], files: str = "bin", shards: int = 1
 ) -> None:
     """files: "bin" or "safetensors". A tied head stands in .bin files, as mamba-ssm writes them, not in safetensors."""
+    from safetensors.torch import save_file
+
     (folder / "config.json").write_text(json.dumps(mamba_ssm_config(shape)))
     suffix = ".bin" if files == "bin" else ".safetensors"
     stem = "pytorch_model" if files == "bin" else "model"
