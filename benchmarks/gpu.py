@@ -89,7 +89,7 @@ class Bench:
         self.options, self.started = options, time.monotonic()
         self.device = torch.device(options.device, 0) if options.device == "cuda" else torch.device(options.device)
         tiny = all(name in TINY for name in options.models)
-        self.clock = Clock(self.device, rounds=2 if tiny else 3 if options.quick else 5)
+        self.clock = Clock(self.device, rounds=1 if tiny else 3 if options.quick else 5)
         self.launches = Launches(self.clock)
         self.rows: list[Row] = []
         self.deadline = self.end = self.started + options.seconds

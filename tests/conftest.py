@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.background import background, pytest_collection_finish, pytest_sessionfinish  # noqa: F401
+
 torch.set_num_threads(2)
 
 MAMBA_SSM_DEFAULTS = {"d_state": 16, "expand": 2, "d_conv": 4, "dt_rank": "auto", "conv_bias": True, "bias": False}

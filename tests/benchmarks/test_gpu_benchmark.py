@@ -32,15 +32,13 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> tuple[list[dict], str]:
+def tiny(background) -> tuple[list[dict], str]:
     """Rows and page of a run on tiny shapes."""
-    folder = tmp_path_factory.mktemp("gpu")
-    files = ["--json", str(folder / "rows.json"), "--markdown", str(folder / "page.md")]
-    done = run("--device", "cpu", "--models", "tiny", *files, TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stderr[-4000:]
-    page = (folder / "page.md").read_text()
-    assert "MISSING" not in done.stderr, done.stderr[-4000:]
-    return json.loads((folder / "rows.json").read_text()), page
+    run = background("test_every_format_and_state_has_its_rows")
+    status, _, err = run.wait()
+    assert status == 0, err[-4000:]
+    assert "MISSING" not in err, err[-4000:]
+    return json.loads(run.read("rows")), run.read("page")
 
 
 def test_every_format_and_state_has_its_rows(tiny):

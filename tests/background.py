@@ -1,5 +1,5 @@
-"""Two tests need a process of their own and take a minute each: they are started when all tests are known, to run beside the
-others, and waited for where they stand."""
+"""Some tests of Triton's kernels need a process of their own for a minute: it is started when all tests are known, to run
+beside the others, and waited for where they stand. For `conftest.py` to import."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from quamba_kernels import triton
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 COMMANDS = {
     "test_kernels_in_the_interpreter": (
         ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/triton/interpreted"],
@@ -24,6 +24,20 @@ COMMANDS = {
         {},
     ),
     "test_every_kernel_compiles_for_every_target[all tiles]": (["-m", "tests.triton.aot"], {}),
+    "test_every_format_and_state_has_its_rows": (
+        [
+            "benchmarks/gpu.py",
+            "--device",
+            "cpu",
+            "--models",
+            "tiny",
+            "--json",
+            "{folder}/rows",
+            "--markdown",
+            "{folder}/page",
+        ],
+        {"TRITON_INTERPRET": "1"},
+    ),
 }
 
 
@@ -34,16 +48,22 @@ class Background:
         self.folder = tempfile.TemporaryDirectory(prefix="quamba-triton-")
         self.files = [Path(self.folder.name) / name for name in ("out", "err")]
         env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
+        env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         env |= {"TRITON_CACHE_DIR": self.folder.name, "OMP_NUM_THREADS": "1"}
         out, err = (file.open("wb") for file in self.files)
         with out, err:
-            self.process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=env, stdout=out, stderr=err)
+            command = [sys.executable, *(argument.format(folder=self.folder.name) for argument in arguments)]
+            self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=err)
 
     def wait(self) -> tuple[int, str, str]:
         """Its exit status and what it printed."""
         status = self.process.wait()
         out, err = (file.read_text(encoding="utf-8", errors="replace") for file in self.files)
         return status, out, err
+
+    def read(self, name: str) -> str:
+        """A file that it wrote to its {folder}."""
+        return (Path(self.folder.name) / name).read_text(encoding="utf-8")
 
     def stop(self) -> None:
         self.process.kill()
