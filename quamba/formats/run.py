@@ -143,9 +143,10 @@ class RunFolder:
                 return int(state["done"])
         except (OSError, ValueError, KeyError, TypeError):
             pass
+        self.mark(key, -1)  # first: torn off while it is cleared, the folder is still known as ours
         for entry in self.path.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        self.mark(key, -1)
+            if entry.name != "run.json":
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         return -1
 
     def mark(self, key: dict[str, Any], done: int) -> None:

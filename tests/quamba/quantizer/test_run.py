@@ -16,6 +16,7 @@ import torch
 from quamba import QuambaLMHeadModel
 from quamba.errors import QuambaError
 from quamba.formats import artifact
+from quamba.formats import run as run_folder
 from quamba.formats.run import MARK
 from quamba.quantizer import pipeline
 from quamba.recipe import configs_dir
@@ -185,6 +186,42 @@ def test_an_interrupted_swap_is_repaired(tiny, run, tmp_path):
         run(source, out, overwrite=True)
     assert contents(out) == expected
     assert not old.exists()
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_a_folder_torn_off_while_it_is_cleared_is_still_ours(tmp_path, monkeypatch, complete):
+    """Whatever order it is cleared in, and whether a model was finished in it or not."""
+    partial, unlink = tmp_path / "out.partial", Path.unlink
+
+    def fill():
+        partial.mkdir(exist_ok=True)
+        for name in ("a", "b", "block-00000.safetensors"):
+            (partial / name).write_text("x")
+        if complete:  # what `is_artifact` knows a model by
+            (partial / "config.json").write_text(json.dumps({"model_type": "quamba", "architectures": ["Quamba"]}))
+        else:
+            (partial / "run.json").write_text(json.dumps({"key": {"other": 1}, "done": 0}))
+
+    monkeypatch.setattr(run_folder, "is_artifact", lambda folder: (folder / "config.json").exists())
+    monkeypatch.setattr(Path, "iterdir", lambda self: sorted((self / name for name in os.listdir(self)), reverse=True))
+    for steps in range(3):
+        fill()
+        left = [steps]
+
+        def tear(self, missing_ok=False, left=left):
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            unlink(self, missing_ok=missing_ok)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "unlink", tear)
+            with pytest.raises(KeyboardInterrupt), run_folder.RunFolder(tmp_path / "out", overwrite=False) as folder:
+                folder.resume({"mine": 1})
+        assert partial.exists()
+    with run_folder.RunFolder(tmp_path / "out", overwrite=False) as folder:
+        assert folder.resume({"mine": 1}) == -1
+        assert [p.name for p in partial.iterdir()] == ["run.json"]
 
 
 def test_somebodys_own_folder_of_that_name_is_left_alone(tiny, run, tmp_path):
