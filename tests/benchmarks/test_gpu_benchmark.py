@@ -41,6 +41,7 @@ def tiny(background) -> tuple[list[dict], str]:
     return json.loads(run.read("rows")), run.read("page")
 
 
+@pytest.mark.slow
 def test_every_format_and_state_has_its_rows(tiny):
     rows, _ = tiny
     steps = {(r["model"], r["format"], r["state"], r["phase"]): r for r in rows if r["kind"] == "step"}
@@ -62,6 +63,7 @@ def test_every_format_and_state_has_its_rows(tiny):
     assert one["states"] < 0.5 * steps["mamba2-tiny", "W8A8", "float32", "decode"]["states"]
 
 
+@pytest.mark.slow
 def test_single_kernels_and_probes(tiny):
     rows, page = tiny
     measured = {(r["kind"], r.get("by")) for r in rows if r["kind"] in ("product", "scan") and "ms" in r}
