@@ -46,18 +46,20 @@ try:
 except ImportError as error:
     sys.exit(f"gpu.py measures Triton kernels, and triton can't be imported: {error}")
 
+import gpu_compile
 import gpu_kernels
 import gpu_measure
-from gpu_measure import Clock, Launches, Step, first_line, middle, ratios
-from gpu_models import Model, recurrent_states
+from gpu_measure import Clock, Launches, Step, first_line
+from gpu_models import Model
 from gpu_report import report
+from gpu_steps import prepare, speeds
 
 import quamba_kernels as kernels
 from quamba_kernels import triton as quamba_triton
 
 ALL = SHAPES | TINY
-INTEGER = [name for name, format in FORMATS.items() if format.integer]
 Row = dict[str, Any]
+COMPILING = 0.35  # of the time, at most
 
 
 def arguments() -> argparse.Namespace:
@@ -92,10 +94,17 @@ class Bench:
         self.clock = Clock(self.device, rounds=1 if tiny else 3 if options.quick else 5)
         self.launches = Launches(self.clock)
         self.rows: list[Row] = []
+        self.compiled = ""
         self.deadline = self.end = self.started + options.seconds
         self.products, self.scans = (TINY_PRODUCTS, TINY_SCANS) if tiny else (PRODUCTS, SCANS)
 
     def run(self) -> None:
+        if self.clock.gpu:
+            torch.cuda.set_device(self.device)
+            say("compiling")
+            todo = gpu_compile.jobs(self.options.models, self.options.quick, self.products, self.scans)
+            self.compiled = gpu_compile.compile_all(todo, self.device, COMPILING * self.options.seconds)
+            say(self.compiled)
         say("probing")
         self.rows += gpu_measure.probe(self.clock)
         self.peaks = gpu_measure.peaks_of(self.rows)
@@ -176,8 +185,8 @@ class Bench:
         ready: list[tuple[Variant, Step, Row]] = []
         for variant in cell.variants:
             if variant.format.name in models:
-                prepare = lambda v=variant: self.prepare(models[v.format.name], v, cell, states)  # noqa: E731
-                if found := self.attempt(f"{name}, {cell}, {variant}", prepare):
+                make = lambda v=variant: prepare(self.clock, models[v.format.name], v, cell, states)  # noqa: E731
+                if found := self.attempt(f"{name}, {cell}, {variant}", make):
                     ready.append((variant, *found))
                 else:
                     self.release()
@@ -192,47 +201,12 @@ class Bench:
             row = {"kind": "step", "model": name, **row, "how": step.how, "launches": launches}
             seconds = self.launches(launches)
             row["launch_ms"] = None if seconds is None else 1e3 * seconds
-            self.rows.append(row | self.speeds(row, times[variant], times.get(BASE)))
-
-    def prepare(self, model: Model, variant: Variant, cell: Cell, states: dict[str, Any]) -> tuple[Step, Row]:
-        """A recorded step, and what is known of it before it is timed."""
-        shape, batch = model.shape, cell.batch
-        if variant.state not in states:
-            states[variant.state] = recurrent_states(shape, variant.state, batch, self.device)
-        mine = model.states(batch, states[variant.state])
-        tensors = [t for state in mine for t in state.tensors]
-        ids = torch.randint(0, shape.vocabulary, (batch, cell.chunk), device=self.device)
-        step = gpu_measure.step(self.clock, lambda: model(ids, mine), [ids], tensors, cell.phase == "decode")
-        held = sum(t.nbytes for t in tensors)
-        logits = batch * shape.vocabulary * (4 if model.head.bits < 16 else 2)
-        products = batch * (cell.tokens * model.block_products + model.head_products)
-        row = {"format": variant.format.name, "state": variant.state, "phase": cell.phase, "batch": batch}
-        row |= {"tokens": cell.tokens, "chunk": cell.chunk, "bytes": model.read_once + 2 * held + logits}
-        row |= {"operations": 2 * products, "weights": model.memory, "states": held}
-        return step, row | {"memory": model.memory + held + step.allocated}
-
-    def speeds(self, row: Row, times: list[float], base: list[float] | None) -> Row:
-        kind = "int8" if row["format"] in INTEGER else "float16"
-        least, by = gpu_measure.floor(self.peaks, row["bytes"], row["operations"], kind)
-        tokens, seconds = row["batch"] * row["tokens"], middle(times)
-        found = ratios(base, times) if base else []
-        return {
-            "tokens_per_s": tokens / seconds,
-            "spread": [tokens / max(times), tokens / min(times)],
-            "rounds": len(times),
-            "ms": 1e3 * seconds,
-            "ratio": middle(found) if found else None,
-            "ratio_spread": [min(found), max(found)] if found else None,
-            "tb_per_s": row["bytes"] / seconds / 1e12,
-            "top_per_s": row["operations"] / seconds / 1e12,
-            "floor_ms": 1e3 * least if least else None,
-            "floor_by": by,
-            "percent": 100 * least / seconds if least else None,
-        }
+            self.rows.append(row | speeds(self.peaks, row, times[variant], times.get(BASE)))
 
     def write(self) -> str:
         """The files so far, and the page."""
-        page = report(facts(self.device) | {"seconds taken": f"{time.monotonic() - self.started:.0f}"}, self.rows)
+        found = facts(self.device) | {"compiled before": self.compiled or "nothing"}
+        page = report(found | {"seconds taken": f"{time.monotonic() - self.started:.0f}"}, self.rows)
         if self.options.json:
             self.options.json.write_text(json.dumps(self.rows, indent=1) + "\n", encoding="utf-8")
         if self.options.markdown:
@@ -270,8 +244,10 @@ def main() -> None:
     forced = kernels.backend("auto" if options.device != "cpu" else "triton")
     with forced, torch.no_grad():
         bench = Bench(options)
-        bench.run()
-        print(bench.write())
+        try:
+            bench.run()
+        finally:
+            print(bench.write())
     if not any(row["kind"] == "step" for row in bench.rows):
         sys.exit("nothing was measured")
 

@@ -113,8 +113,9 @@ def step(clock: Clock, function: Callable[[], Tensor], inputs: list[Tensor], sta
 
 
 def captured(function: Call, gpu: bool) -> Call:
-    """Its kernels as a graph."""
+    """Its kernels as a graph, after a call."""
     if not gpu:
+        function()
         return function
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
