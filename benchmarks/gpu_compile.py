@@ -38,10 +38,10 @@ def compile_all(todo: list[tuple], device: torch.device, seconds: float) -> str:
         results = pool.imap_unordered(partial(_run, device), todo)
         while done < len(todo):
             try:
-                first = first or results.next(timeout=max(0.0, seconds - (time.monotonic() - started)))
+                problem = results.next(timeout=max(0.0, seconds - (time.monotonic() - started)))
             except multiprocessing.TimeoutError:
                 break
-            done += 1
+            done, first = done + 1, first or problem
     text = f"{done} of {len(todo)} steps and kernels in {time.monotonic() - started:.0f} s"
     return text + (f"; the first error: {first}" if first else "")
 
