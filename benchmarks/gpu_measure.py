@@ -96,26 +96,25 @@ class Step:
 def step(clock: Clock, function: Callable[[], Tensor], inputs: list[Tensor], states: list[Tensor], token: bool) -> Step:
     """Run once and make a graph of it. A token is recorded, as `generate` does, which makes neighbouring kernels one; a
     recording holds all that its steps write, so a prompt is captured as it is. ValueError for results that aren't finite."""
-    before = clock.memory()
-    result = function()
+    how, before = "graph" if clock.gpu else "no graph: main memory", clock.memory()
+    if token:
+        result, recording = kernels.record(function, inputs, states)
+        held = clock.memory() - before
+        made = Step(function, f"no graph: {recording}", None, held)
+        if not isinstance(recording, str):
+            made = Step(lambda: recording.run(states), how, len(recording.launches), held)
+    else:
+        result = function()
+        held = torch.cuda.max_memory_allocated(clock.device) - before if clock.gpu else 0
+        made = Step(captured(function, clock.gpu), how, count(function) if clock.gpu else None, held)
     if not bool(torch.isfinite(result).all()):
         raise ValueError("the result is not finite")
-    del result
-    peak = torch.cuda.max_memory_allocated(clock.device) - before if clock.gpu else 0
-    how = "graph" if clock.gpu else "no graph: main memory"
-    if not token:
-        return Step(captured(function, clock.gpu), how, count(function) if clock.gpu else None, peak)
-    _, recording = kernels.record(function, inputs, states)
-    if isinstance(recording, str):
-        return Step(function, f"no graph: {recording}", None, peak)
-    held = max(peak, clock.memory() - before)
-    return Step(lambda: recording.run(states), how, len(recording.launches), held)
+    return made
 
 
 def captured(function: Call, gpu: bool) -> Call:
-    """Its kernels as a graph, after a call."""
+    """Its kernels as a graph. On a GPU it is called once before."""
     if not gpu:
-        function()
         return function
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

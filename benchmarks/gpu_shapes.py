@@ -135,7 +135,7 @@ PAPER = "mamba2-8b"
 def cells(name: str, quick: bool) -> list[Cell]:
     """What to measure of a model, the most important first."""
     if name in TINY:
-        return [decode(1), prefill(16, 8)]
+        return [decode(1), prefill(4, 2)] if TINY[name].family == "mamba2" else [decode(1)]
     if quick:
         return [decode(1), prefill(2048), decode(64)]
     paper = [prefill(1024)] if name == PAPER else []
