@@ -47,7 +47,7 @@ test-asan: $(INSTALLED) ## the kernels under the address and undefined behaviour
 	ASAN_OPTIONS=detect_leaks=0 build/asan-emulated/same_bits
 
 aot: $(INSTALLED) ## compile all Triton kernels with all their tiles for six GPUs that need not be here
-	$(BIN)/python -m pytest -m slow tests/triton/test_aot.py
+	$(BIN)/python -m pytest --timeout 0 -m slow tests/triton/test_aot.py
 
 # These two run with the Python at hand, its torch and its triton: no .venv is made, nothing is installed.
 gpu-test: ## the kernels on this machine's GPU against float64

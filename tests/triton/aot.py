@@ -15,7 +15,9 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -295,5 +297,12 @@ def main(targets: list[str], places: int = 1, most: int | None = None) -> None:
             print(json.dumps(line | resources(compiled, target)), flush=True)
 
 
+def all_of_them() -> None:
+    """All choices of tiles for all targets, in as many processes as there are cores."""
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        for done in [pool.submit(main, [target], places=4) for target in TARGETS]:
+            done.result()
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:], most=2) if sys.argv[1:] else main(list(TARGETS), places=4)
+    main(sys.argv[1:], most=2) if sys.argv[1:] else all_of_them()
