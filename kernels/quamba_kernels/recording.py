@@ -104,15 +104,22 @@ class Recorder(TorchDispatchMode):
 
 
 class Recorded:
-    """A recording: the result's memory, what is kept alive for it, and where its constants came from."""
+    """A recording: the result's memory, what is kept alive for it, and where its constants came from. What moves is not kept:
+    it may be large, and other tensors take its place."""
 
     def __init__(self, recorder: Recorder, result: Tensor):
-        self.result, self.kept, self.sources = result, recorder.kept, recorder.sources
+        self.result, self.sources = result, recorder.sources
+        moving = {storage(t) for t in recorder.moving}
+        self.kept = [t for t in recorder.kept if storage(t) not in moving]
 
     def computed_from(self, tensor: Tensor) -> bool:
         """Whether a constant comes from this tensor, so that a change of it would go unnoticed."""
         first, last = span(tensor)
         return any(first <= end and start <= last for start, end in self.sources)
+
+
+def storage(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
 
 
 def span(t: Tensor) -> tuple[int, int]:

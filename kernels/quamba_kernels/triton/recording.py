@@ -5,17 +5,30 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quamba_kernels.recording import COPIES, Recorded, Recorder, aten
+from quamba_kernels.recording import COPIES, Recorded, Recorder, aten, span
 from quamba_kernels.triton.common import Launch
 from quamba_kernels.triton.fusion import Operation, Step, fused
 
 MOST_GRAPHS = 4  # of one recording, each for other places of what moves
+
+
+@dataclass(frozen=True)
+class View:
+    """Stands in a step for a view of one of the tensors that move, so that the recording doesn't hold their memory."""
+
+    place: int  # among them
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int  # from that tensor's first entry
+
+    def of(self, tensor: Tensor) -> Tensor:
+        return tensor.as_strided(self.shape, self.stride, tensor.storage_offset() + self.offset)
 
 
 class Recording(Recorded):
@@ -23,31 +36,32 @@ class Recording(Recorded):
 
     def __init__(self, recorder: _Recorder, result: Tensor):
         super().__init__(recorder, result)
-        self.moving = list(recorder.moving)
-        self.launches: list[Step] = fused(recorder.steps, result)
-        self.bound = places(self.moving)
+        moving = recorder.moving
+        self.launches: list[Step] = [changed(step, viewed(moving)) for step in fused(recorder.steps, result)]
         self.graphs: OrderedDict[tuple[int, ...], Any] = OrderedDict()
         if can_capture(result):
-            copies = [tensor.clone() for tensor in self.moving]
-            play([moved(step, self.moving, copies) for step in self.launches])  # compiles what fusion made
-            self.graphs[self.bound] = captured(self.launches)
+            for step in self.launches:  # compiles what fusion made; on copies, one at a time because states are large
+                changed(step, lambda view: view.of(moving[view.place].clone()) if isinstance(view, View) else view)()
+            self.graphs[places(moving)] = captured(self.on(moving), result.device)
 
     def run(self, moving: Sequence[Tensor]) -> Tensor:
         """Do the steps again, with `moving` at the places of those recorded; returns a new result."""
-        now = places(moving)
-        if now != self.bound and now not in self.graphs:
-            self.launches = [moved(step, self.moving, moving) for step in self.launches]
-            self.moving, self.bound = list(moving), now
         if not can_capture(self.result):
-            play(self.launches)
+            play(self.on(moving))
             return self.result.clone()
+        now = places(moving)
         if now not in self.graphs:
-            self.graphs[now] = captured(self.launches)
+            self.graphs[now] = captured(self.on(moving), self.result.device)
         self.graphs.move_to_end(now)
         while len(self.graphs) > MOST_GRAPHS:
             self.graphs.popitem(last=False)
         self.graphs[now].replay()
         return self.result.clone()
+
+    def on(self, moving: Sequence[Tensor]) -> list[Step]:
+        """The steps with these tensors."""
+        put = lambda value: value.of(moving[value.place]) if isinstance(value, View) else value  # noqa: E731
+        return [changed(step, put) for step in self.launches]
 
 
 def play(steps: Iterable[Step]) -> None:
@@ -63,37 +77,49 @@ def places(tensors: Sequence[Tensor]) -> tuple[int, ...]:
     return tuple(tensor.data_ptr() for tensor in tensors)
 
 
-def captured(steps: Iterable[Step]) -> Any:
+def captured(steps: Iterable[Step], device: torch.device) -> Any:
     """A CUDA graph of the steps, which are not done now. Their kernels have to be compiled before."""
     graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            play(steps)
-        finally:
-            graph.capture_end()
-    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.device(device):  # streams belong to a device: what is launched on another one is done, not captured
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                play(steps)
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
     return graph
 
 
-def moved(step: Step, old: Sequence[Tensor], new: Sequence[Tensor]) -> Step:
-    """The step with its views of `old` tensors exchanged for the same views of `new` ones."""
+def changed(step: Step, change: Callable[[Any], Any]) -> Step:
+    """The step with what `change` makes of each of its values."""
 
     def other(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        for a, b in zip(old, new, strict=True):
-            if value.untyped_storage().data_ptr() == a.untyped_storage().data_ptr():
-                offset = b.storage_offset() + value.storage_offset() - a.storage_offset()
-                return b.as_strided(value.shape, value.stride(), offset)
-        return value
+        return type(value)(map(other, value)) if isinstance(value, list | tuple) else change(value)
 
     if isinstance(step, Launch):
         return replace(step, given={name: other(value) for name, value in step.given.items()})
     kwargs = {name: other(value) for name, value in step.kwargs.items()}
-    return replace(step, args=tuple(map(other, step.args)), kwargs=kwargs)
+    return replace(step, args=other(step.args), kwargs=kwargs)
+
+
+def viewed(moving: Sequence[Tensor]) -> Callable[[Any], Any]:
+    """What makes a View of each view of tensors that move, and leaves all else as it is."""
+
+    def view(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.numel() > 0:
+            for place, tensor in enumerate(moving):
+                first, last = span(tensor)
+                if first <= value.data_ptr() <= last and tensor.numel() > 0:
+                    if value.dtype != tensor.dtype:
+                        raise RuntimeError(f"what moves is {tensor.dtype} and used as {value.dtype}")
+                    offset = (value.data_ptr() - first) // value.element_size()
+                    return View(place, tuple(value.shape), value.stride(), offset)
+        return value
+
+    return view
 
 
 def record(
@@ -107,7 +133,7 @@ def record(
     result = memory.clone()  # what is recorded writes to the memory of the first result
     try:
         return result, Recording(recorder, memory)
-    except RuntimeError as error:  # of capturing
+    except RuntimeError as error:  # of capturing, or of what can't be moved
         return result, f"no CUDA graph could be made of it ({error})"
 
 

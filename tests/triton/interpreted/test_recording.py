@@ -1,5 +1,10 @@
 """What is recorded in Triton's backend is done again: kernels and torch's operations, wherever the state stands."""
 
+import contextlib
+import gc
+import weakref
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -84,7 +89,7 @@ def test_a_graph_for_each_place(rng, monkeypatch):
     made = []
 
     class Graph:
-        def __init__(self, steps):
+        def __init__(self, steps, device):
             self.steps = list(steps)
             made.append(self)
 
@@ -104,7 +109,7 @@ def test_a_graph_for_each_place(rng, monkeypatch):
 
 
 def test_no_graph_is_no_recording(rng, monkeypatch):
-    def refuse(steps):
+    def refuse(steps, device):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(recording, "can_capture", lambda result: True)
@@ -113,3 +118,45 @@ def test_no_graph_is_no_recording(rng, monkeypatch):
     result, problem = kernels.record(lambda: kernels.rms_norm(x, torch.ones(8), 1e-5), [x], [])
     assert "no CUDA graph could be made" in problem and "not permitted" in problem
     assert torch.equal(result, kernels.rms_norm(x, torch.ones(8), 1e-5))
+
+
+def test_what_moves_in_a_list(rng):
+    """Of an operation on several tensors."""
+    x, states = normal(rng, 2, 8), [normal(rng, 2, 8) for _ in range(2)]
+    _, recorded = record(lambda: torch.cat([states[0], kernels.rms_norm(x, torch.ones(8), 1e-5)]), [x], [states[0]])
+    assert torch.equal(recorded.run([states[1]])[:2], states[1])
+
+
+def test_states_are_not_held(rng):
+    recorded, states, step = conv(rng)
+    step(states[1])
+    held = [weakref.ref(state) for state in states]
+    del states, step
+    gc.collect()
+    assert recorded.launches and not any(state() is not None for state in held)
+
+
+def test_a_graph_is_made_on_the_device_of_the_steps(monkeypatch):
+    """Which need not be the current one."""
+    now, seen = ["cuda:0"], []
+
+    @contextlib.contextmanager
+    def on(device):
+        before, now[0] = now[0], str(device)
+        yield
+        now[0] = before
+
+    class Stream:
+        def __init__(self):
+            seen.append(now[0])
+
+        def wait_stream(self, other):
+            seen.append(now[0])
+
+    graph = SimpleNamespace(capture_begin=lambda **options: None, capture_end=lambda: None)
+    names = {"device": on, "Stream": Stream, "current_stream": Stream, "CUDAGraph": lambda: graph}
+    for name, value in names.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    assert recording.captured([lambda: seen.append(now[0])], torch.device("cuda:1")) is graph
+    assert set(seen) == {"cuda:1"} and now == ["cuda:0"]
