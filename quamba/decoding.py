@@ -1,7 +1,8 @@
 """Decoding without a second implementation: the model's one forward is recorded for one token and replayed.
 
-A recording holds for a batch size, a backend and a number of threads, and as long as the model stays what it was: the same
-modules without hooks, the same tensors at the same places with the same contents. What can't be recorded runs eagerly.
+A recording holds for a batch size, a backend, a number of threads and inside or outside of inference mode, as long as the
+model stays what it was: the same modules without hooks, the same tensors at the same places with the same contents. What
+can't be recorded runs eagerly.
 """
 
 from __future__ import annotations
@@ -45,7 +46,13 @@ class Decoder:
         if not _quiet() or not self._busy.acquire(blocking=False):
             return run(ids)  # somebody watches every operation, or another thread is on the recording's memory
         try:
-            key = (tuple(ids.shape), ids.device, kernels.backend_name(ids.device), torch.get_num_threads())
+            key = (
+                tuple(ids.shape),
+                ids.device,
+                kernels.backend_name(ids.device),
+                torch.get_num_threads(),
+                torch.is_inference_mode_enabled(),  # what it makes can't be written to outside
+            )
             step = self._known.get(key)
             if isinstance(step, _Step):
                 if step.holds():
@@ -128,12 +135,13 @@ def _tensors(state: QuambaState) -> list[Tensor]:
 
 
 def _quiet() -> bool:
-    """Whether nobody listens to what torch does: modes, tracing, compilation, hooks on all modules."""
+    """Whether nobody listens to what torch does: modes, tracing, compilation, CUDA graphs, hooks on all modules."""
     return not (
         torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._get_tracing_state()
         or torch.compiler.is_compiling()
+        or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
         or nn.modules.module._global_forward_hooks
         or nn.modules.module._global_forward_pre_hooks
     )

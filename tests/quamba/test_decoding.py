@@ -1,9 +1,11 @@
 """Recorded and replayed tokens are the eager ones, bit for bit, and a recording never outlives what it was made of."""
 
 import copy
+import gc
 import logging
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
@@ -274,6 +276,44 @@ def test_inference_mode_hidden_states_masks_and_generate(model):
     assert steps(model)
     slow = model.generate(ids, attention_mask=mask, use_cache=False, **options)
     assert torch.equal(fast, slow)
+
+
+def test_in_and_out_of_inference_mode(model):
+    ids = ids_of(1, 8)
+    with torch.inference_mode():
+        want, _ = decode(model, ids)
+    with torch.no_grad():
+        got, _ = decode(model, ids)
+    with torch.inference_mode():
+        again, _ = decode(model, ids)
+    assert len(steps(model)) == 2
+    assert torch.equal(got, want) and torch.equal(again, want)
+
+
+def test_a_graph_of_the_caller_gets_eager_calls(model, monkeypatch):
+    ids = ids_of(1, 8)
+    with torch.no_grad():
+        want, _ = decode(model, ids)
+        (step,) = steps(model)
+        for name in ("is_initialized", "is_current_stream_capturing"):
+            monkeypatch.setattr(torch.cuda, name, lambda: True)
+        monkeypatch.setattr(step.recording, "run", None)
+        got, _ = decode(model, ids)
+    assert torch.equal(got, want)
+
+
+def test_a_recording_doesnt_hold_states(model):
+    ids = ids_of(2, 8)
+    with torch.no_grad():
+        _, first = decode(model, ids)
+        _, second = decode(model, ids)
+    held = [
+        weakref.ref(t) for state in (first, second) for layer in state.layers for t in (layer.conv, layer.recurrent)
+    ]
+    assert steps(model)
+    del first, second
+    gc.collect()
+    assert not any(tensor() for tensor in held)
 
 
 def test_a_changed_scale_is_noticed():
