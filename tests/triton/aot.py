@@ -23,13 +23,14 @@ from typing import Any
 
 import torch
 import triton as triton_package
+import triton.language as tl
 from triton import compile as triton_compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from quamba_kernels import triton
 from quamba_kernels.recording import listening
-from quamba_kernels.triton import recording, tiles
+from quamba_kernels.triton import common, recording, tiles
 from quamba_kernels.triton.common import Launch
 from quamba_kernels.triton.fusion import fused
 
@@ -211,6 +212,7 @@ def launches(target: str, place: int = 0) -> Iterator[tuple[str, Launch]]:
 
     matmul = importlib.import_module("quamba_kernels.triton.matmul")
     matmul.choose = choose
+    common.ON_AMD = tl.constexpr(target.startswith("hip"))
     for name in {*triton.OPS.values(), "matmul"}:
         module = importlib.import_module(f"quamba_kernels.triton.{name}")
         if hasattr(module, "processors"):
@@ -273,6 +275,13 @@ def resources(compiled: Any, target: str) -> dict[str, int]:
     }
 
 
+def unfinished(text: str) -> int:
+    """How many atomic additions of AMD's code come without a wait for the stores of all waves before the barrier that precedes
+    them."""
+    before = [part[: part.rindex("s_barrier")] for part in text.split("global_atomic_add")[:-1]]
+    return sum("vmcnt(0)" not in re.split(r"(?:global|buffer)_store", part)[-1] for part in before)
+
+
 def main(targets: list[str], places: int = 1, most: int | None = None) -> None:
     """places: how many choices of tiles; most: how many versions of a kernel, but for six times as many products."""
     for target in targets:
@@ -294,6 +303,7 @@ def main(targets: list[str], places: int = 1, most: int | None = None) -> None:
             line = {"op": op, "kernel": step.kernel.fn.__name__, "target": target, "shared": compiled.metadata.shared}
             line |= {"most_shared": SHARED[target], "seconds": round(time.monotonic() - began, 2)}
             line |= {"products": sorted(set(re.findall(PRODUCTS, text))), "warps": compiled.metadata.num_warps}
+            line |= {"unfinished": unfinished(text)}
             print(json.dumps(line | resources(compiled, target)), flush=True)
 
 

@@ -50,6 +50,11 @@ def test_registers(compiled):
         assert c["spilled"] <= SPILLED[kind], c
 
 
+def test_stores_are_done_before_a_program_says_so(compiled):
+    """On AMD's machines each wave has to wait for its own."""
+    assert not any(c["unfinished"] for c in compiled), [c for c in compiled if c["unfinished"]]
+
+
 def test_int8_products_are_tensor_core_instructions(compiled):
     integer = ("int8_matmul", "w8a8_linear", "w4a8_linear", *TOKENS)
     found = [c for c in compiled if c["kernel"] in ("_linear", "conv_product") and c["op"] in integer]

@@ -129,10 +129,17 @@ FEW_ROWS = 16
 """Up to so many tokens a kernel that needs whole rows takes one at a time, as do kernels that do its work at their end."""
 
 
+ON_AMD = tl.constexpr(torch.version.hip is not None)
+
+
 @triton.jit
 def last_to_arrive(count, expected):
     """Whether this program is the last of `expected` to come here; the count, at first 0, is then 0 again. What the others
     wrote before can then be read, past the nearest cache: cache_modifier=".cg"."""
+    if ON_AMD:  # a barrier waits for no stores there, and a release only for those of the wave that makes it
+        tl.inline_asm_elementwise(
+            "s_waitcnt vmcnt(0)\nv_mov_b32 $0, 0", "=v,~{memory}", [], dtype=tl.int32, is_pure=False, pack=1
+        )
     tl.debug_barrier()
     last = tl.atomic_add(count, 1, sem="acq_rel") == expected - 1
     if last:
