@@ -82,6 +82,7 @@ def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "gate", lambda: triton.gate(x, blank(100, width), z_scale=inv)
     yield "hadamard", lambda: triton.hadamard(floats(100, 5120), floats(20, 20), 1, floats(5120))
     yield "hadamard_per_token", lambda: triton.hadamard_per_token(floats(100, 4096, dtype=half), None)
+    yield "hadamard_per_token", lambda: triton.hadamard_per_token(floats(100, 1 << 14), None)  # the widest for all
     ids = blank(2, 7, dtype=torch.int64)
     packed, groups = blank(5120, width // 2, dtype=torch.uint8), blank(5120, width // 32)
     weight, s = blank(5120, width), floats(5120)

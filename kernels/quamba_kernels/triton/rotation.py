@@ -8,8 +8,11 @@ from torch import Tensor
 from quamba_kernels import reference
 from quamba_kernels.checks import FLOAT32, FLOATS, check, last_axis, needs_grad, vector
 from quamba_kernels.triton.common import FUSED, as_rows, cdiv, launch, power_of_two, store_rows, tile_rows
+from quamba_kernels.triton.tiles import shared_memory
 
-MAX_ENTRIES = 1 << 15  # of a row, its axes rounded up to powers of two, that a program can hold
+MAX_ENTRIES = (
+    1 << 15
+)  # of a row, its axes rounded up to powers of two, that a program can hold, and its shared memory has to
 TILE = 4096
 
 
@@ -104,7 +107,7 @@ def _hadamard(
 def hadamard(x: Tensor, outer: Tensor | None, blocks: int = 1, inv: Tensor | None = None) -> Tensor:
     width, order = _sizes(x, outer, blocks)
     inv, stride = (None, 0) if inv is None else vector("inv", inv, width, x.device)
-    if needs_grad(x) or _entries(width, order, blocks) > MAX_ENTRIES:
+    if needs_grad(x) or not _fits(width, order, blocks, x.device):
         return reference.hadamard(x, outer, blocks, inv)
     out = torch.empty(x.shape, dtype=x.dtype if inv is None else torch.int8, device=x.device)
     _run(x, outer, order, blocks, inv, stride, out, None)
@@ -113,7 +116,7 @@ def hadamard(x: Tensor, outer: Tensor | None, blocks: int = 1, inv: Tensor | Non
 
 def hadamard_per_token(x: Tensor, outer: Tensor | None, blocks: int = 1) -> tuple[Tensor, Tensor]:
     width, order = _sizes(x, outer, blocks)
-    if _entries(width, order, blocks) > MAX_ENTRIES:
+    if not _fits(width, order, blocks, x.device):
         return reference.hadamard_per_token(x, outer, blocks)
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
@@ -132,8 +135,9 @@ def _sizes(x: Tensor, outer: Tensor | None, blocks: int) -> tuple[int, int]:
     return width, order
 
 
-def _entries(width: int, order: int, blocks: int) -> int:
-    return power_of_two(blocks) * power_of_two(order) * (width // (blocks * order))
+def _fits(width: int, order: int, blocks: int, device: torch.device) -> bool:
+    entries = power_of_two(blocks) * power_of_two(order) * (width // (blocks * order))
+    return entries <= min(MAX_ENTRIES, shared_memory(device) // 4)
 
 
 def _run(
