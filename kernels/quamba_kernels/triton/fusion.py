@@ -108,6 +108,11 @@ def _extended(step: Launch, kernel: Any = None, **given: Any) -> Launch:
     return replace(step, kernel=kernel or step.kernel, given=step.given | given)
 
 
+def _wider(step: Launch, other: Launch) -> bool:
+    """Whether its rows need the registers of more warps than the other has."""
+    return step.given["num_warps"] > other.given["num_warps"]
+
+
 def _count(x: Tensor, entries: int = 1) -> Tensor:
     return torch.zeros(entries, dtype=torch.int32, device=x.device)
 
@@ -172,7 +177,7 @@ def _norm_after(a: Step, b: Step, uses: Uses) -> Launch | None:
     if not _is(a, _linear) or not _is(b, _norm) or a.given.get("total") is None:
         return None
     p, q = a.given, b.given
-    if not _same(p["total"], q["x"]) or q["weight"] is None or p["row_tiles"] != 1 or q["R"] != 1:
+    if not _same(p["total"], q["x"]) or q["weight"] is None or p["row_tiles"] != 1 or q["R"] != 1 or _wider(b, a):
         return None
     return _extended(
         a,
@@ -237,7 +242,7 @@ def _gate_after(a: Step, b: Step, uses: Uses) -> Launch | None:
     if not _is(a, _ssd_step) or not _is(b, _gate) or not _same(a.given["y"], b.given["x"]):
         return None
     q, batch = b.given, len(a.given["y"])
-    if batch > FEW_ROWS:
+    if batch > FEW_ROWS or _wider(b, a):
         return None
     return _extended(
         a,
@@ -262,7 +267,7 @@ def _hadamard_after(a: Step, b: Step, uses: Uses) -> Launch | None:
     p, q = a.given, b.given
     of_ssd = a.kernel is _ssd_step
     read = p.get("gated") if of_ssd else p["y"]
-    if read is None or not _same(read, q["x"]) or len(p["y"]) > FEW_ROWS:
+    if read is None or not _same(read, q["x"]) or len(p["y"]) > FEW_ROWS or _wider(b, a):
         return None
     given = {name: q[name] for name in ("outer", "inv", "scale", "factor", "blocks", "order", "INV_STRIDE", "M")}
     given |= {"turned": q["out"], "BLOCKS": q["B"]}

@@ -93,6 +93,12 @@ def test_product_residual_and_norm(rng, fresh, rows, kind, dtype):
     check(function, 1, [x, s, residual], fresh)
 
 
+def test_a_norm_wider_than_the_products_warps_can_hold(rng, fresh):
+    x, s, residual = codes(rng, 1, 1, 40), torch.rand(1, 1, 1, generator=rng), normal(rng, 1, 1, 8200)
+    product, norm = weight_of(rng, "int8", 8200, 40), normal(rng, 8200)
+    check(lambda: all_of(*kernels.rms_norm_per_token(residual + product(x, s), norm, 1e-5)), 2, [x, s, residual], fresh)
+
+
 def test_a_float_product_residual_and_norm(rng, fresh):
     x, residual, weight = normal(rng, 2, 1, 40).half(), normal(rng, 2, 1, 83).half(), normal(rng, 83, 40).half()
     norm, inv = normal(rng, 83).half(), torch.tensor(20.0)
