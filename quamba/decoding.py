@@ -1,8 +1,8 @@
 """Decoding without a second implementation: the model's one forward is recorded for one token and replayed.
 
-A recording holds for a batch size, a backend, a number of threads and inside or outside of inference mode, as long as the
-model stays what it was: the same modules without hooks, the same tensors at the same places with the same contents. What
-can't be recorded runs eagerly.
+A recording holds for a batch size, a backend, a number of threads, a CUDA stream and inside or outside of inference mode, as
+long as the model stays what it was: the same modules without hooks, the same tensors at the same places with the same
+contents. What can't be recorded runs eagerly.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class Decoder:
                 ids.device,
                 kernels.backend_name(ids.device),
                 torch.get_num_threads(),
+                _stream(ids.device),
                 torch.is_inference_mode_enabled(),  # what it makes can't be written to outside
             )
             step = self._known.get(key)
@@ -132,6 +133,11 @@ class _Step:
 
 def _tensors(state: QuambaState) -> list[Tensor]:
     return [tensor for layer in state.layers for tensor in (layer.conv, layer.recurrent)]
+
+
+def _stream(device: torch.device) -> int:
+    """Of the caller. Two of them may work at the same time, which one recording's memory doesn't bear."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def _quiet() -> bool:

@@ -12,7 +12,7 @@ import torch
 
 import quamba
 import quamba_kernels as kernels
-from quamba import QuambaLMHeadModel
+from quamba import QuambaLMHeadModel, decoding
 from quamba.decoding import _Step
 from quamba_kernels import cpu
 from tests.quamba.formats.foreign import files_of, write
@@ -299,6 +299,16 @@ def test_a_graph_of_the_caller_gets_eager_calls(model, monkeypatch):
             monkeypatch.setattr(torch.cuda, name, lambda: True)
         monkeypatch.setattr(step.recording, "run", None)
         got, _ = decode(model, ids)
+    assert torch.equal(got, want)
+
+
+def test_each_stream_has_its_own_recording(model, monkeypatch):
+    ids = ids_of(1, 8)
+    with torch.no_grad():
+        want, _ = decode(model, ids)
+        monkeypatch.setattr(decoding, "_stream", lambda device: 7)
+        got, _ = decode(model, ids)
+    assert len({step.ids.data_ptr() for step in steps(model)}) == 2
     assert torch.equal(got, want)
 
 
