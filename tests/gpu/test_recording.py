@@ -126,6 +126,20 @@ def test_one_kernel_alone(rng):
         assert same_bits(recording.run(states), want) and same_bits(states[0], eager)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_a_device_that_is_not_the_current_one():
+    other = torch.device("cuda", (DEVICE.index + 1) % torch.cuda.device_count())
+    x, weight, state = (torch.randn(shape, device=other) for shape in ((2, 1, 96), (96, 4), (2, 96, 3)))
+    eager = state.clone()
+    result, recording = kernels.record(lambda: kernels.causal_conv1d(x, weight, state=state), [x], [state])
+    assert not isinstance(recording, str), recording
+    assert same_bits(result, kernels.causal_conv1d(x, weight, state=eager))
+    for _ in range(3):
+        x.normal_()
+        want = kernels.causal_conv1d(x, weight, state=eager)
+        assert same_bits(recording.run([state]), want) and same_bits(state, eager)
+
+
 def test_what_waits_for_the_device_is_not_recorded(rng):
     """The reason is told, the result is right, and the device is as good as before."""
     x = rng.normal(2, 64)
