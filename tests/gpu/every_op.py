@@ -1,7 +1,9 @@
-"""Every op once or twice, on sizes that fill no tile: `python -m tests.gpu.every_op`, for tools that watch a process."""
+"""Every op once or twice, and recorded tokens, on sizes that fill no tile: `python -m tests.gpu.every_op`, for tools that watch
+a process."""
 
 import torch
 
+import quamba_kernels as kernels
 from quamba_kernels import reference, triton
 from quamba_kernels.hadamard_matrices import outer_matrix
 
@@ -67,10 +69,23 @@ def sequences() -> None:
         triton.ssd_scan(*inputs, state=codes(batch, 4, 33, N), state_scale=floats(batch, 4, 33), x_scale=floats(132))
 
 
+def tokens() -> None:
+    """Kernels that do the work of several; each runs when the recording is made, before its graph is."""
+    from tests.gpu.test_recording import FORMATS, SHAPES, Case, tensors
+
+    for family in SHAPES:
+        for format in FORMATS:
+            case = Case(family, format, "float32", 3, 1)
+            states = case.states()
+            kernels.record(lambda case=case, states=states: case.model(case.ids, states), [case.ids], tensors(states))
+
+
 if __name__ == "__main__":
     products()
     rows()
     sequences()
+    with kernels.backend("triton"), torch.no_grad():
+        tokens()
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     print("every op ran")
