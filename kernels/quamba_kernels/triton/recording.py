@@ -3,6 +3,7 @@ step. Operations of torch are done again into the memory of their first results.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from quamba_kernels.recording import COPIES, Recorded, Recorder, aten, span
 from quamba_kernels.triton.common import Launch
 from quamba_kernels.triton.fusion import Operation, Step, fused
 
+log = logging.getLogger("quamba.kernels")
 MOST_GRAPHS = 4  # of one recording, each for other places of what moves
 
 
@@ -51,12 +53,21 @@ class Recording(Recorded):
             return self.result.clone()
         now = places(moving)
         if now not in self.graphs:
-            self.graphs[now] = captured(self.on(moving), self.result.device)
+            self.graphs[now] = self.capture(moving)
         self.graphs.move_to_end(now)
         while len(self.graphs) > MOST_GRAPHS:
             self.graphs.popitem(last=False)
-        self.graphs[now].replay()
+        graph = self.graphs[now]
+        play(self.on(moving)) if graph is None else graph.replay()
         return self.result.clone()
+
+    def capture(self, moving: Sequence[Tensor]) -> Any:
+        """A graph of the steps with these tensors; None if it can't be made now, and they are launched one by one."""
+        try:
+            return captured(self.on(moving), self.result.device)
+        except RuntimeError as error:
+            log.warning("no CUDA graph could be made, kernels are launched one by one: %s", error)
+            return None
 
     def on(self, moving: Sequence[Tensor]) -> list[Step]:
         """The steps with these tensors."""

@@ -120,6 +120,22 @@ def test_no_graph_is_no_recording(rng, monkeypatch):
     assert torch.equal(result, kernels.rms_norm(x, torch.ones(8), 1e-5))
 
 
+def test_no_graph_for_other_places_is_told_once(rng, monkeypatch, caplog):
+    monkeypatch.setattr(recording, "can_capture", lambda result: True)
+    monkeypatch.setattr(recording, "captured", lambda steps, device: SimpleNamespace(replay=lambda: None))
+    _, states, step = conv(rng)
+
+    def refuse(steps, device):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(recording, "captured", refuse)
+    step(states[1])
+    step(states[1])
+    assert [record.message for record in caplog.records] == [
+        "no CUDA graph could be made, kernels are launched one by one: out of memory"
+    ]
+
+
 def test_what_moves_in_a_list(rng):
     """Of an operation on several tensors."""
     x, states = normal(rng, 2, 8), [normal(rng, 2, 8) for _ in range(2)]
