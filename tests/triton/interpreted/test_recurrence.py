@@ -38,7 +38,7 @@ def cut(request, monkeypatch):
 @pytest.mark.usefixtures("cut")
 @pytest.mark.parametrize(
     ("batch", "length", "inner", "states", "integer"),
-    [(2, 17, 50, 16, True), (1, 1, 300, 16, True), (3, 2, 16, 1, True), (1, 9, 5, 3, False), (1, 5, 9, 256, False)],
+    [(2, 17, 50, 16, True), (1, 1, 150, 16, True), (3, 2, 16, 1, True), (1, 9, 5, 3, False), (1, 5, 9, 256, False)],
 )
 def test_scan(rng, batch, length, inner, states, integer):
     i = scan_case(rng, batch, length, inner, states, integer)
@@ -54,10 +54,10 @@ def test_scan(rng, batch, length, inner, states, integer):
 
 
 @pytest.mark.usefixtures("cut")
-@pytest.mark.parametrize("split", [1, 16, 23])
+@pytest.mark.parametrize("split", [1, 23])
 def test_hand_off(rng, split):
-    i = scan_case(rng, 2, 24, 21, 16, integer=True)
-    whole, parts = torch.zeros(2, 21, 16), torch.zeros(2, 21, 16)
+    i = scan_case(rng, 1, 24, 21, 16, integer=True)
+    whole, parts = torch.zeros(1, 21, 16), torch.zeros(1, 21, 16)
     want = triton.selective_scan(**i, state=whole)
     pieces = [{k: t[:, s] if k in PER_TOKEN else t for k, t in i.items()} for s in (slice(split), slice(split, None))]
     close(torch.cat([triton.selective_scan(**p, state=parts) for p in pieces], 1), want)
@@ -77,7 +77,7 @@ def test_token_by_token_gives_the_same_bits(rng):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.int8])
 @pytest.mark.parametrize("length", [1, 14])
 def test_states_in_low_precision(rng, length, dtype):
-    i, h = scan_case(rng, 2, length, 150, 12, integer=True), normal(rng, 2, 150, 12)
+    i, h = scan_case(rng, 2, length, 70, 12, integer=True), normal(rng, 2, 70, 12)
     h[0, 5] = 0
     ours, h = stored(h, dtype)
     ours = {name: t.transpose(0, 1).contiguous().transpose(0, 1) for name, t in ours.items()}
