@@ -1,7 +1,7 @@
 """Post-training quantization for state space language models.
 
 The public names load on first use, so that `import quamba` stays well under a second:
-`QuambaLMHeadModel`, `QuambaConfig`, `Recipe`, `quantize`, `backend`, `QuambaError`.
+`QuambaLMHeadModel`, `QuambaConfig`, `Recipe`, `quantize`, `last_logits`, `backend`, `QuambaError`.
 """
 
 import importlib
@@ -16,6 +16,7 @@ _HOME = {
     "QuambaConfig": "quamba.config",
     "Recipe": "quamba.recipe",
     "quantize": "quamba.quantizer",
+    "last_logits": "quamba.generation",
     "backend": "quamba_kernels",
     "QuambaError": "quamba.errors",
 }
@@ -27,12 +28,14 @@ __all__ = [
     "Recipe",
     "__version__",
     "backend",
+    "last_logits",
     "quantize",
 ]
 
 if TYPE_CHECKING:
     from quamba.config import QuambaConfig
     from quamba.errors import QuambaError
+    from quamba.generation import last_logits
     from quamba.model import QuambaLMHeadModel
     from quamba.quantizer import quantize
     from quamba.recipe import Recipe

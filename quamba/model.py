@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import os
 from dataclasses import dataclass
 from typing import Any, cast
@@ -9,12 +11,13 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from quamba.config import QuambaConfig
 from quamba.decoding import Decoder
 from quamba.errors import QuambaError
+from quamba.generation import check_left_padded
 from quamba.layers import Embedding, GatedMLP, Hadamard, Linear, RMSNorm, Sites
 from quamba.mixers import MIXERS
 from quamba.plan import BlockPlan, Plan
@@ -22,6 +25,8 @@ from quamba.schema import read_dataclass
 from quamba.state import LayerState, QuambaState, StateSpec
 
 MOST_TOKENS = 1 << 13  # of all rows together, that are read at once where their logits aren't asked for
+log = logging.getLogger("quamba")
+MODES = ("auto", "recurrent", "parallel")
 
 
 class Block(nn.Module):
@@ -175,14 +180,54 @@ class QuambaLMHeadModel(PreTrainedModel, GenerationMixin):
         """A state to pass as `past_key_values`; the first forward allocates it."""
         return QuambaState([cast(Block, block).state_spec() for block in self.backbone.layers])
 
-    def generate(self, *args: Any, **kwargs: Any):
-        """transformers' `generate`. Raises QuambaError if the first logits are NaN or infinite."""
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        mode: str = "auto",
+        **kwargs: Any,
+    ):
+        """transformers' `generate` with one argument more.
+
+        mode: "recurrent" gives each new token to the state; "parallel" computes the whole text anew at every step, without
+        a state, to check the other by: tokens and scores are the same. "auto": recurrent, unless the generation config has
+        `use_cache=False`. num_beams may be None or 0: no beams. Padding belongs on the left.
+
+        Raises ValueError if arguments contradict each other or the attention mask isn't padded on the left, QuambaError if
+        the first logits are NaN or infinite.
+        """
+        if mode not in MODES:
+            raise ValueError(f"mode is {mode!r}; choose {', '.join(MODES)}")
+        if mode != "auto":
+            cached = mode == "recurrent"
+            if kwargs.get("use_cache") not in (None, cached):
+                raise ValueError(f"mode={mode!r} and use_cache={kwargs['use_cache']} contradict each other")
+            if generation_config is None:
+                kwargs["use_cache"] = cached
+            else:
+                generation_config = copy.deepcopy(generation_config)
+                generation_config.use_cache = cached
+        if kwargs.get("num_beams", 1) in (None, 0):
+            kwargs["num_beams"] = 1
         self._check_logits = True
-        return super().generate(*args, **kwargs)
+        return super().generate(inputs, generation_config, *args, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args: Any, **kwargs: Any) -> None:
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+        mask, state = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
+        if mask is not None and mask.ndim == 2:
+            check_left_padded(
+                mask, "; where none was given, transformers took every pad_token_id for padding: give one"
+            )
+        cached = generation_config.use_cache is not False
+        log.debug("generating in mode %s", "recurrent" if cached else "parallel")
+        if cached and state is None:
             model_kwargs["past_key_values"] = self.new_state()
+        elif state is not None and not cached:
+            raise ValueError(
+                "mode 'parallel' (use_cache=False) gives the model the whole text at every step and can't continue "
+                "past_key_values: leave one of them out"
+            )
 
     def forward(
         self,

@@ -111,7 +111,10 @@ class QuambaState(Cache):
                 layer.allocate(batch, device)
             self.seen = torch.zeros(batch, dtype=torch.int64, device=device)
         elif len(self.seen) != batch:
-            raise ValueError(f"the state holds {len(self.seen)} rows and the input has {batch}: start a new state")
+            raise ValueError(
+                f"the state holds {len(self.seen)} rows and the input has {batch}: start a new state, or for beams repeat its "
+                "rows first (state.batch_repeat_interleave)"
+            )
 
     def advance(self, length: int, mask: Tensor | None) -> None:
         """Count `length` columns, of which `mask [B, L]` says the real ones."""
