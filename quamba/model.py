@@ -221,6 +221,12 @@ class QuambaLMHeadModel(PreTrainedModel, GenerationMixin):
             )
         cached = generation_config.use_cache is not False
         log.debug("generating in mode %s", "recurrent" if cached else "parallel")
+        length = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
+        if isinstance(state, QuambaState) and length is not None and state.columns >= length:
+            raise ValueError(
+                f"past_key_values has read {state.columns} tokens and the text has {length}: give the whole text, of which the "
+                "state has read all but the last token, or less"
+            )
         if cached and state is None:
             model_kwargs["past_key_values"] = self.new_state()
         elif state is not None and not cached:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 
 import click
+from click.core import ParameterSource
 
 from quamba.cli.common import size
+
+SHAPES = ("prompt", "num_beams", "max_new_tokens", "dtype", "device", "transformers")
+FILES = ("no_run", "verify")
 
 
 @click.command("doctor")
@@ -15,15 +19,55 @@ from quamba.cli.common import size
 @click.option("--verify", is_flag=True, help="Check the hashes of an artifact's files.")
 @click.option("--tokenizer", metavar="T", help="Tokenizer folder or hub id; the model's own by default.")
 @click.option("--json", "as_json", is_flag=True, help="Print the diagnosis as JSON.")
+@click.option("--shapes", is_flag=True, help="Instead: print what every route to the next token returns.")
+@click.option("--prompt", help="With --shapes: the text to continue.")
+@click.option("--num-beams", type=click.IntRange(min=2), default=5, show_default=True, help="With --shapes.")
+@click.option("--max-new-tokens", type=click.IntRange(min=2), default=8, show_default=True, help="With --shapes.")
+@click.option("--dtype", default="auto", show_default=True, help="With --shapes: float32, float16, bfloat16.")
+@click.option("--device", metavar="D", help="With --shapes: cpu, cuda, cuda:1, ...; cpu by default.")
+@click.option("--transformers", is_flag=True, help="With --shapes: open MODEL with transformers' own class.")
 @click.pass_context
 def doctor_command(
-    ctx: click.Context, model: str, no_run: bool, verify: bool, tokenizer: str | None, as_json: bool
+    ctx: click.Context,
+    model: str,
+    no_run: bool,
+    verify: bool,
+    tokenizer: str | None,
+    as_json: bool,
+    shapes: bool,
+    prompt: str | None,
+    num_beams: int,
+    max_new_tokens: int,
+    dtype: str,
+    device: str | None,
+    transformers: bool,
 ) -> None:
     """Say what MODEL is, what loading it repairs, and what is wrong with it.
 
     Reads headers, then tensors one at a time, then tries the model out on a few tokens, which includes saving a copy of it
     to the temporary folder ($TMPDIR) and loading that. Exit code 0: healthy, 1: it loads with repairs, 2: broken.
+
+    With --shapes: the logits of all positions, of the last one, step by step with and without a state, and beams, each
+    with the shape it should have and whether the values agree; for any causal language model that quamba or transformers
+    opens. Exit code 0: all as they should be, 1: one isn't, or MODEL can't be opened.
     """
+    for name in FILES if shapes else SHAPES:
+        if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE:
+            flag = f"--{name.replace('_', '-')}"
+            raise click.UsageError(f"{flag} {'has no meaning with' if shapes else 'belongs to'} --shapes")
+    if shapes:
+        _shapes(
+            ctx,
+            as_json,
+            model,
+            prompt=prompt,
+            tokenizer=tokenizer,
+            dtype=dtype,
+            device=device,
+            transformers=transformers,
+            beams=num_beams,
+            new=max_new_tokens,
+        )
     from quamba.doctor import diagnose
 
     found = diagnose(model, run=not no_run, verify=verify, tokenizer=tokenizer)
@@ -50,6 +94,29 @@ def doctor_command(
     for check in found.checks:
         click.echo(f"  {'ok' if check.passed else 'FAILED'}: {check.name}: {check.detail}")
     click.echo(f"{found.model}: {found.verdict}")
+    ctx.exit(found.exit_code)
+
+
+def _shapes(ctx: click.Context, as_json: bool, model: str, **options: object) -> None:
+    from quamba.formats import find
+
+    find(model)  # before anything heavy is imported
+    from quamba.doctor.shapes import check_shapes
+
+    found = check_shapes(model, **options)  # type: ignore[arg-type]
+    if as_json:
+        click.echo(json.dumps(found.to_dict(), indent=2))
+        ctx.exit(found.exit_code)
+    facts = found.facts
+    click.echo(f"{found.model}: {facts['class']}, {facts['dtype']} on {facts['device']}, in {facts['folder']}")
+    click.echo(f"  tokenizer: {facts['tokenizer']}")
+    text = "" if facts["prompt"] is None else f"{facts['prompt']!r}, "
+    click.echo(f"  prompt: {text}ids {facts['ids']}; {facts['beams']} beams, {facts['new_tokens']} new tokens")
+    for route in found.routes:
+        verdict = "ok" if route.passed else "FAILED"
+        click.echo(f"  {verdict}: {route.name}: expected {route.expected}, got {route.got}: {route.diagnosis}")
+    bad = ", ".join(found.failed)
+    click.echo(f"{found.model}: {f'not as it should be: {bad}' if bad else 'every route is as it should be'}")
     ctx.exit(found.exit_code)
 
 

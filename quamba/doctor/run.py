@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quamba.doctor.diagnosis import Check, Diagnosis, Finding
+from quamba.model import QuambaLMHeadModel
 
 Outcome = tuple[bool, str]  # whether it went well, and a clause
 TOKENS = 24
@@ -39,23 +40,24 @@ def _ids(model: Any, rows: int = 1) -> Tensor:
     return torch.randint(0, model.config.vocab_size, (rows, TOKENS), generator=generator)
 
 
-def _difference(a: Tensor, b: Tensor) -> float:
+def difference(a: Tensor, b: Tensor) -> float:
     """In spreads of `a`; infinite where either isn't finite."""
     a, b = a.double(), b.double()
     spread = a.std().clamp_min(1e-9)
-    difference = float((a - b).square().mean().sqrt() / spread)
-    return difference if difference == difference else float("inf")
+    gap = float((a - b).square().mean().sqrt() / spread)
+    return gap if gap == gap else float("inf")
 
 
-def _tolerance(model: Any) -> tuple[float, str]:
+def tolerance(model: Any) -> tuple[float, str]:
     """What is allowed where a state is handed on, and what to say of it."""
-    if all(block.scales.specs["state"].is_float for block in model.backbone.layers):
+    blocks = model.backbone.layers if isinstance(model, QuambaLMHeadModel) else []
+    if all(block.scales.specs["state"].is_float for block in blocks):
         return TOLERANCE, ""
     return INT8_STATE_TOLERANCE, " (its int8 state is rounded after every call)"
 
 
-def _agree(difference: float, what: str, most: float = TOLERANCE, note: str = "") -> Outcome:
-    return difference <= most, f"{what} differ by {difference:.2g} of the logits' spread{note}"
+def _agree(gap: float, what: str, most: float = TOLERANCE, note: str = "") -> Outcome:
+    return gap <= most, f"{what} differ by {gap:.2g} of the logits' spread{note}"
 
 
 def hand_off(model: Any) -> Outcome:
@@ -65,7 +67,7 @@ def hand_off(model: Any) -> Outcome:
     pieces = [model(ids[:, :cut], past_key_values=state).logits]
     pieces += [model(ids[:, t : t + 1], past_key_values=state).logits for t in range(cut, TOKENS)]
     ways = "one pass, and half of it then token by token,"
-    return _agree(_difference(whole, torch.cat(pieces, 1)), ways, *_tolerance(model))
+    return _agree(difference(whole, torch.cat(pieces, 1)), ways, *tolerance(model))
 
 
 def prompt_counts(model: Any) -> Outcome:
@@ -74,7 +76,7 @@ def prompt_counts(model: Any) -> Outcome:
     ids = _ids(model)
     other = ids.clone()
     other[:, 0] = (ids[:, 0] + 1) % model.config.vocab_size
-    moved = _difference(model(ids).logits[:, -4:], model(other).logits[:, -4:])
+    moved = difference(model(ids).logits[:, -4:], model(other).logits[:, -4:])
     return 0 < moved < float("inf"), f"another first token moves the last logits by {moved:.2g}"
 
 
@@ -83,7 +85,7 @@ def left_padding(model: Any) -> Outcome:
     alone = model(ids).logits
     padded = torch.cat([torch.zeros(1, pad, dtype=ids.dtype), ids], 1)
     mask = torch.cat([torch.zeros(1, pad, dtype=torch.int64), torch.ones_like(ids)], 1)
-    return _agree(_difference(alone, model(padded, attention_mask=mask).logits[:, pad:]), "padded and alone")
+    return _agree(difference(alone, model(padded, attention_mask=mask).logits[:, pad:]), "padded and alone")
 
 
 def _flat(logits: Tensor) -> Tensor:
@@ -91,21 +93,19 @@ def _flat(logits: Tensor) -> Tensor:
     return (logits / logits.std(-1, keepdim=True).clamp_min(1e-9)).log_softmax(-1)
 
 
-def two_beams(model: Any) -> Outcome:
-    """The scores that the beam search reports, against the same texts scored anew."""
+def beam_gap(model: Any, ids: Tensor, beams: int, new: int) -> tuple[Tensor, float]:
+    """All beams' texts, `[rows * beams, L + new]`, and how far the scores that the search reports are from those of the same
+    texts scored anew, in spreads of the logits."""
     from transformers import GenerationConfig
 
-    if model.config.vocab_size == 1:
-        return True, "there is only one token"
-    ids, new = _ids(model, 2)[:, :8], 8
     own = model.generation_config
     model.generation_config = GenerationConfig()  # its penalties would be in the scores
     try:
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            num_beams=2,
-            num_return_sequences=2,
+            num_beams=beams,
+            num_return_sequences=beams,
             do_sample=False,
             max_new_tokens=new,
             min_new_tokens=new,
@@ -121,8 +121,14 @@ def two_beams(model: Any) -> Outcome:
     log = _flat(model(out.sequences).logits[:, ids.shape[1] - 1 : -1].float())
     anew = log.gather(-1, out.sequences[:, ids.shape[1] :, None])[..., 0]
     told = model.compute_transition_scores(out.sequences, out.scores, out.beam_indices)
-    gap = float((anew - told).square().mean().sqrt())
-    most, note = _tolerance(model)
+    return out.sequences, float((anew - told).square().mean().sqrt())
+
+
+def two_beams(model: Any) -> Outcome:
+    if model.config.vocab_size == 1:
+        return True, "there is only one token"
+    _, gap = beam_gap(model, _ids(model, 2)[:, :8], beams=2, new=8)
+    most, note = tolerance(model)
     return gap <= most, f"reported and recomputed scores differ by {gap:.2g} of their spread{note}"
 
 

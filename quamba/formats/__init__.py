@@ -14,6 +14,7 @@ _HOME = {
     "checkpoint_of": "checkpoint",
     "open_checkpoint": "checkpoint",
     "convert": "conversion",
+    "load_any": "others",
     "load_model": "load",
     "save_model": "load",
     "find": "location",
@@ -36,6 +37,7 @@ __all__ = [
     "expected_tensors",
     "find",
     "is_artifact",
+    "load_any",
     "load_model",
     "load_tokenizer",
     "locate",
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from quamba.formats.conversion import convert
     from quamba.formats.load import load_model, save_model
     from quamba.formats.location import find, locate
+    from quamba.formats.others import load_any
     from quamba.formats.summary import bits, summarize
     from quamba.formats.tokenizer import copy_tokenizer, load_tokenizer
 

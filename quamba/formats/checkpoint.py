@@ -86,6 +86,25 @@ def open_checkpoint(
     are multiplied as (see `quamba.formats.published`). verify: read every shard and check the hash recorded for it.
     """
     location = locate(model, **hub)
+    config_file, data = _read_config(location)
+    found = _identify(location, data, str(config_file), TensorFiles, exact)
+    if strict:
+        found.repairs.refuse()
+    if verify:
+        artifact.check_hashes(location.path)
+    return found
+
+
+def layout_of(model: str, **hub: Any) -> str | None:
+    """The layout that MODEL's config belongs to, None if it is none of those that are read here. Raises CheckpointError."""
+    return _matching(_read_config(locate(model, **hub))[1])
+
+
+def _matching(data: dict[str, Any]) -> str | None:
+    return next((name for name, layout in _LAYOUTS.items() if layout.matches(data)), None)
+
+
+def _read_config(location: Location) -> tuple[Path, dict[str, Any]]:
     config_file = next((location.path / name for name in CONFIGS if (location.path / name).is_file()), None)
     if config_file is None:
         unfinished = (
@@ -96,13 +115,7 @@ def open_checkpoint(
         raise CheckpointError(
             f"{location.path} is a quantization or conversion that was not finished: run the same command to resume it"
         )
-    data = read_json(config_file)
-    found = _identify(location, data, str(config_file), TensorFiles, exact)
-    if strict:
-        found.repairs.refuse()
-    if verify:
-        artifact.check_hashes(location.path)
-    return found
+    return config_file, read_json(config_file)
 
 
 def checkpoint_of(model: Any) -> Checkpoint:
@@ -124,7 +137,7 @@ def checkpoint_of(model: Any) -> Checkpoint:
 
 
 def _identify(location: Location, data: dict[str, Any], config_file: str, open_files: Any, exact: bool) -> Checkpoint:
-    name = next((name for name, layout in _LAYOUTS.items() if layout.matches(data)), None)
+    name = _matching(data)
     if name is None:
         kind = data.get("model_type") or data.get("architectures") or "no model_type"
         raise CheckpointError(
