@@ -102,8 +102,8 @@ def _holder(model: Any, takes: set[str], state: Any, length: int) -> str:
     name = next((name for name in names if name in takes), None)
     if name is None:
         raise QuambaError(
-            f"{kind}'s forward has no {' or '.join(names)} to take a {type(state).__name__}: without a state, give the "
-            "whole text at every step"
+            f"{kind}'s forward has no {' or '.join(names)} for a state ({type(state).__name__}): without one, give the whole "
+            "text at every step"
         )
     if _model_type(model) == "recurrent_gemma":
         raise QuambaError(

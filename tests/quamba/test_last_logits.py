@@ -64,8 +64,9 @@ def test_what_is_asked_for():
     function = stubs.LikeTransformers()
     assert quamba.last_logits(lambda input_ids: function(input_ids), ids_of(2, 4)).shape == (2, VOCAB)
     wrapped = stubs.LikeTransformers()
-    wrapper = types.SimpleNamespace(_orig_mod=wrapped)  # as torch.compile wraps
-    wrapper = type("Wrapper", (), {"__call__": lambda self, **kwargs: wrapped(**kwargs), "_orig_mod": wrapped})()
+    wrapper = type(
+        "Wrapper", (), {"__call__": lambda self, **kwargs: wrapped(**kwargs), "_orig_mod": wrapped}
+    )()  # as torch.compile wraps
     assert quamba.last_logits(wrapper, ids_of(2, 4)).shape == (2, VOCAB)
     assert wrapped.asked == {"logits_to_keep": 1, "use_cache": False}
 
@@ -81,13 +82,13 @@ def test_the_logits_of_all_positions_are_let_go():
 def test_other_shapes_are_an_error(shape):
     with pytest.raises(QuambaError) as error:
         quamba.last_logits(stubs.Returning(torch.zeros(shape)), ids_of(2, 5))
-    for part in ("Returning", "logits_to_keep=1", str(list(shape)), "[2, 5]", f"[2, {'V'}]", "[2, 1, V]", "[2, 5, V]"):
+    for part in ("Returning", "logits_to_keep=1", str(list(shape)), "[2, 5]", "[2, V]", "[2, 1, V]", "[2, 5, V]"):
         assert part in str(error.value)
 
 
 @pytest.mark.parametrize("answer", [None, (), "text", {"last_hidden_state": torch.zeros(2, 5, 8)}, {"logits": None}])
 def test_no_logits_are_an_error(answer):
-    with pytest.raises(QuambaError, match="Returning returned a .* without logits: is it a causal language model"):
+    with pytest.raises(QuambaError, match=r"Returning returned a .* without logits: is it a causal language model"):
         quamba.last_logits(stubs.Returning(answer), ids_of(2, 5))
 
 
@@ -153,7 +154,7 @@ def test_a_state_is_advanced_once_a_step(kind):
 def test_a_state_that_would_be_ignored_is_refused(kind):
     network = kind()
     for state in (Memory(), InferenceParams(8, 1)):
-        with pytest.raises(QuambaError, match=rf"{kind.__name__}'s forward has no .* give the\s+whole text"):
+        with pytest.raises(QuambaError, match=rf"{kind.__name__}'s forward has no .* give the whole text"):
             quamba.last_logits(network, ids_of(1, 3), state)
     assert network.forwards == 0 and new_state(network) is None
     assert torch.equal(greedy(network, ids_of(1, 4), 16)[0], greedy(stubs.LikeTransformers(), ids_of(1, 4), 16)[0])
@@ -291,7 +292,7 @@ def test_families_with_a_prompt_in_chunks(families, name):
         assert (wrong - everything(family, ids)[:, -1]).abs().max() > 0.01  # where this fails, the refusal can go
         state = new_state(family)
         quamba.last_logits(family, ids[:, :5], state)
-        with pytest.raises(QuambaError, match="starts its scan from zero.* one at a time"):
+        with pytest.raises(QuambaError, match=r"starts its scan from zero.* one at a time"):
             quamba.last_logits(family, ids[:, 5:], state)
     else:
         got = quamba.last_logits(family, ids[:, 5:], state)
@@ -301,7 +302,7 @@ def test_families_with_a_prompt_in_chunks(families, name):
 def test_a_mask_must_cover_what_the_state_has_read(families):
     model, state = families["llama"], new_state(families["llama"])
     quamba.last_logits(model, ids_of(2, 5, 64), state)
-    with pytest.raises(ValueError, match="the mask|mask has 1 columns; the state has read 5 and 1 more"):
+    with pytest.raises(ValueError, match="mask has 1 columns; the state has read 5 and 1 more"):
         quamba.last_logits(model, ids_of(2, 1, 64), state, torch.ones(2, 1))
 
 
