@@ -1,4 +1,4 @@
-"""Every preset generates as the float models do: with a state as without one, a row in a batch as alone, beams with true scores."""
+"""Every preset generates as float models do: with a state as without, a row in a batch as alone, beams with true scores."""
 
 import pytest
 import torch
