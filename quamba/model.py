@@ -199,6 +199,10 @@ class QuambaLMHeadModel(PreTrainedModel, GenerationMixin):
         """
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}; choose {', '.join(MODES)}")
+        if mode == "parallel" and kwargs.get("inputs_embeds") is not None:
+            raise ValueError(
+                "mode='parallel' needs input_ids: from inputs_embeds transformers generates with a state only"
+            )
         if mode != "auto":
             cached = mode == "recurrent"
             if kwargs.get("use_cache") not in (None, cached):

@@ -20,12 +20,14 @@ def free_running():
 
 
 def tiny(vocab, seed=0, mixer="mamba1"):
+    """A model whose text wanders: a large tied embedding would write the last token again and again, whatever its state."""
     torch.manual_seed(seed)
     block = {"mixer": mixer, "args": SHAPES[mixer], "mlp": None}
-    config = QuambaConfig(vocab_size=vocab, hidden_size=24, blocks=[block] * 2)
+    config = QuambaConfig(vocab_size=vocab, hidden_size=24, blocks=[block] * 2, tie_word_embeddings=False)
     model = QuambaLMHeadModel(config).eval()
     with torch.no_grad():
-        model.backbone.embedding.weight.mul_(40)
+        model.backbone.embedding.weight.mul_(5)
+        model.lm_head.weight.normal_()
     model.generation_config = free_running()
     return model
 

@@ -212,6 +212,18 @@ def test_a_state_that_has_read_the_whole_prompt(model):
         model.generate(ids, past_key_values=state, max_new_tokens=2)
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_prompt_may_be_embeddings(model, beams):
+    ids = random_ids(50, 7)
+    embeddings, options = (
+        model.get_input_embeddings()(ids),
+        {"max_new_tokens": 6, "do_sample": False, "num_beams": beams},
+    )
+    assert torch.equal(model.generate(inputs_embeds=embeddings, **options), model.generate(ids, **options)[:, 7:])
+    with pytest.raises(ValueError, match="mode='parallel' needs input_ids"):
+        model.generate(inputs_embeds=embeddings, mode="parallel", **options)
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("dtype")])
 def test_errors_in_the_middle_pass_unchanged(model, fed, monkeypatch, error):
     counting = quamba.QuambaLMHeadModel.forward

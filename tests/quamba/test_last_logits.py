@@ -17,6 +17,7 @@ from tests.quamba.models import random_model
 from tests.quamba.stubs import VOCAB, Memory
 
 NEAR = {"rtol": 1e-5, "atol": 1e-5}
+THEIRS = {"rtol": 1e-5, "atol": 5e-5}  # one of their scans sums in chunks, the other token by token
 
 
 def ids_of(rows, length, vocab=VOCAB, seed=1):
@@ -252,8 +253,8 @@ def everything(model, ids):
 def test_families_three_ways(family):
     ids = ids_of(3, 9, 64)
     logits = everything(family, ids)
-    torch.testing.assert_close(quamba.last_logits(family, ids), logits[:, -1], **NEAR)
-    torch.testing.assert_close(family(ids, logits_to_keep=1).logits[:, 0], logits[:, -1], **NEAR)
+    torch.testing.assert_close(quamba.last_logits(family, ids), logits[:, -1], **THEIRS)
+    torch.testing.assert_close(family(ids, logits_to_keep=1).logits[:, 0], logits[:, -1], **THEIRS)
 
 
 def test_families_with_a_state(family):
@@ -262,23 +263,23 @@ def test_families_with_a_state(family):
     logits, state = everything(family, ids), new_state(family)
     got = [quamba.last_logits(family, ids[:, :6], state)]
     got += [quamba.last_logits(family, ids[:, t : t + 1], state) for t in range(6, 14)]
-    torch.testing.assert_close(torch.stack(got, 1), logits[:, 5:], **NEAR)
+    torch.testing.assert_close(torch.stack(got, 1), logits[:, 5:], **THEIRS)
 
 
 def test_families_with_a_left_padded_batch(family):
     rows = [ids_of(1, n, 64, seed=n)[0] for n in (4, 9, 1)]
     ids, mask = left_pad(rows)
     alone = torch.cat([everything(family, row[None])[:, -1] for row in rows])
-    torch.testing.assert_close(quamba.last_logits(family, ids, mask=mask), alone, **NEAR)
+    torch.testing.assert_close(quamba.last_logits(family, ids, mask=mask), alone, **THEIRS)
     state = new_state(family)
-    torch.testing.assert_close(quamba.last_logits(family, ids, state, mask), alone, **NEAR)
+    torch.testing.assert_close(quamba.last_logits(family, ids, state, mask), alone, **THEIRS)
     for _ in range(3):
         token = ids_of(3, 1, 64, seed=mask.shape[1])
         rows = [torch.cat([row, one]) for row, one in zip(rows, token, strict=True)]
         mask = torch.cat([mask, torch.ones(3, 1, dtype=mask.dtype)], dim=1)
         got = quamba.last_logits(family, token, state, mask)
         alone = torch.cat([everything(family, row[None])[:, -1] for row in rows])
-        torch.testing.assert_close(got, alone, **NEAR)
+        torch.testing.assert_close(got, alone, **THEIRS)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -296,7 +297,7 @@ def test_families_with_a_prompt_in_chunks(families, name):
             quamba.last_logits(family, ids[:, 5:], state)
     else:
         got = quamba.last_logits(family, ids[:, 5:], state)
-        torch.testing.assert_close(got, everything(family, ids)[:, -1], **NEAR)
+        torch.testing.assert_close(got, everything(family, ids)[:, -1], **THEIRS)
 
 
 def test_a_mask_must_cover_what_the_state_has_read(families):
