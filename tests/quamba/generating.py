@@ -59,4 +59,4 @@ def agree(a, b, most):
                 first, second = x.topk(2).values
                 assert first - second <= 2 * difference
                 break
-    assert compared > 0.7 * tokens.numel()
+    assert compared > 0.5 * tokens.numel()

@@ -80,13 +80,13 @@ def test_beams_find_the_global_best_when_they_are_all_kept(model, near, mode):
 
 @pytest.mark.parametrize("allowed", [(0, 1, 2, 3, 4), (1, 3)], ids=["all", "constrained"])
 def test_the_best_of_the_texts_that_may_be_written(model, near, allowed):
-    """With a token that ends the text, not before the second one, and with only some tokens allowed."""
+    """With a token that ends the text, after two others at the earliest, and with only some tokens allowed."""
     eos = 3
     log, texts = step_scores(model)
     oracle = {}
     for row, text in zip(log, texts.tolist(), strict=True):
         text = until(eos, text)
-        if len(text) > 1 and set(text) <= set(allowed):
+        if len(text) > 2 and set(text) <= set(allowed):
             oracle[text] = float(sum(row[t, token] for t, token in enumerate(text)))
     options = {"num_beams": V**STEPS, "num_return_sequences": min(8, len(oracle)), "length_penalty": 0.0}
     found = run(
@@ -116,7 +116,11 @@ def test_beams_do_change_places(model, monkeypatch):
     assert any(order != sorted(order) or len(set(order)) < 4 for order in orders[1:])
 
 
-STORED = {}
+STORED = {
+    "mamba1-float-first": [23, 11, 11, 7, 12, 7, 12, 7, 12, 7],
+    "mamba1-w8a8-first": [23, 11, 11, 7, 21, 15, 11, 8, 0, 7],
+    "mamba2-w4a8": [7, 7, 7, 7, 7, 7, 7, 7, 7, 7],
+}
 
 
 @pytest.mark.parametrize("name", STORED)

@@ -48,7 +48,7 @@ def most(model):
     spread = float(model(ids_of(1, 32)).logits.std())
     if model.config.plan.is_float:
         return 1e-5 * spread
-    return (0.1 if all(block.scales.specs["state"].is_float for block in model.backbone.layers) else 1.0) * spread
+    return (0.05 if all(block.scales.specs["state"].is_float for block in model.backbone.layers) else 0.5) * spread
 
 
 def written(model, ids, **options):
