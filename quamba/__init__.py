@@ -1,7 +1,8 @@
 """Post-training quantization for state space language models.
 
 The public names load on first use, so that `import quamba` stays well under a second:
-`QuambaLMHeadModel`, `QuambaConfig`, `Recipe`, `quantize`, `last_logits`, `backend`, `QuambaError`.
+`QuambaLMHeadModel`, `QuambaConfig`, `QuambaQuantizationConfig`, `Recipe`, `quantize`, `last_logits`, `backend`,
+`QuambaError`.
 """
 
 import importlib
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 _HOME = {
     "QuambaLMHeadModel": "quamba.model",
     "QuambaConfig": "quamba.config",
+    "QuambaQuantizationConfig": "quamba.inplace.config",
     "Recipe": "quamba.recipe",
     "quantize": "quamba.quantizer",
     "last_logits": "quamba.generation",
@@ -25,6 +27,7 @@ __all__ = [
     "QuambaConfig",
     "QuambaError",
     "QuambaLMHeadModel",
+    "QuambaQuantizationConfig",
     "Recipe",
     "__version__",
     "backend",
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from quamba.config import QuambaConfig
     from quamba.errors import QuambaError
     from quamba.generation import last_logits
+    from quamba.inplace.config import QuambaQuantizationConfig
     from quamba.model import QuambaLMHeadModel
     from quamba.quantizer import quantize
     from quamba.recipe import Recipe

@@ -6,7 +6,7 @@ import copy
 import logging
 import os
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +24,13 @@ from quamba.plan import BlockPlan, Plan
 from quamba.schema import read_dataclass
 from quamba.state import LayerState, QuambaState, StateSpec
 
+if TYPE_CHECKING:
+    from quamba.formats.location import Location
+
 MOST_TOKENS = 1 << 13  # of all rows together, that are read at once where their logits aren't asked for
-log = logging.getLogger("quamba")
 MODES = ("auto", "recurrent", "parallel")
+NOT_COMPILED = "quamba replays recorded kernel calls, which torch.compile can't look into; the model runs as it is"
+log = logging.getLogger("quamba")
 
 
 class Block(nn.Module):
@@ -136,6 +140,7 @@ class QuambaLMHeadModel(PreTrainedModel, GenerationMixin):
         self.requires_grad_(False)
         self._check_logits = False
         self._decoder = Decoder()
+        self.origin: Location | None = None  # where it was loaded from
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -162,19 +167,43 @@ class QuambaLMHeadModel(PreTrainedModel, GenerationMixin):
         """Load a model: a bundled name, a folder of any layout in docs/formats.md, a hub id or short name; or a live model
         of transformers or mamba-ssm, whose tensors are then shared.
 
-        dtype: "auto" (as stored, the default) or a torch dtype for the float parts; device or device_map: where to;
+        dtype: "auto" (as stored, the default) or a torch dtype for the float parts; device or device_map: where to, whole;
         strict: refuse a checkpoint that needs repairs (otherwise they are logged once); verify: check the hashes of an
-        artifact's files; revision, token, cache_dir, local_files_only: passed to the hub. Raises QuambaError.
+        artifact's files; config: settings such as `output_hidden_states`, not another architecture; revision, token,
+        cache_dir, local_files_only: passed to the hub. Raises QuambaError.
         """
         from quamba.formats import load_model
 
         return load_model(pretrained_model_name_or_path, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Write an artifact: safetensors shards, index, config. Replaces the files of an earlier one."""
+        """Write an artifact: safetensors shards (one a block, whatever `max_shard_size`), index, config, generation config,
+        tokenizer, model card. Replaces the files of an earlier one.
+
+        tokenizer: an object, folder or hub id; by default that of the folder the model was loaded from. tags: for the card.
+        push_to_hub=True uploads the folder, with `push_to_hub`'s arguments and `repo_id`. Raises QuambaError.
+        """
         from quamba.formats import save_model
 
         save_model(self, save_directory, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Save into a repository of the hub, in one commit: the same files as `save_pretrained`. Returns its CommitInfo.
+
+        tokenizer, tags, commit_message, commit_description, private, token, revision, create_pr. A README.md that is there
+        and isn't quamba's stays. Raises QuambaError if the hub refuses or can't be reached.
+        """
+        from quamba.formats import push_model
+
+        return push_model(self, repo_id, **kwargs)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
+        """Only to the size there is: QuambaError for another one."""
+        if new_num_tokens not in (None, self.config.vocab_size) or kwargs.get("pad_to_multiple_of"):
+            raise QuambaError(
+                f"the vocabulary stays at {self.config.vocab_size}: resize transformers' float model, then quantize that"
+            )
+        return self.get_input_embeddings()
 
     def new_state(self) -> QuambaState:
         """A state to pass as `past_key_values`; the first forward allocates it."""
@@ -239,6 +268,7 @@ class QuambaLMHeadModel(PreTrainedModel, GenerationMixin):
                 "past_key_values: leave one of them out"
             )
 
+    @torch.compiler.disable(reason=NOT_COMPILED)
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -274,6 +304,10 @@ class QuambaLMHeadModel(PreTrainedModel, GenerationMixin):
         mask = token_mask(attention_mask, length, state)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
         keep = logits_to_keep if isinstance(logits_to_keep, Tensor) else kept
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if return_dict is None:
+            return_dict = self.config.return_dict
         hidden: list[Tensor] | None = [] if output_hidden_states else None
         layers = None if state is None else state.layers
 
@@ -308,7 +342,7 @@ class QuambaLMHeadModel(PreTrainedModel, GenerationMixin):
             past_key_values=state,  # type: ignore[arg-type]
             hidden_states=None if hidden is None else tuple(hidden),
         )
-        return output if return_dict is not False else output.to_tuple()
+        return output if return_dict else output.to_tuple()
 
     def _logits(
         self,

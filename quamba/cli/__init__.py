@@ -16,6 +16,7 @@ COMMANDS = {
     "quantize": ("quamba.cli.quantize", "quantize_command", "Quantize a model into a new folder."),
     "eval": ("quamba.cli.eval", "eval_command", "Measure perplexity, tasks, and distance to another model."),
     "generate": ("quamba.cli.generate", "generate_command", "Continue a prompt."),
+    "card": ("quamba.cli.card", "card_command", "Show a model's card, and put measurements into it."),
     "convert": ("quamba.cli.convert", "convert_command", "Write a checkpoint of any layout as one of quamba's own."),
     "doctor": ("quamba.cli.doctor", "doctor_command", "Say what is wrong with a model, and what was repaired."),
     "inspect": ("quamba.cli.inspect", "inspect_command", "Show a model's plan, component by component."),

@@ -16,9 +16,10 @@ _HOME = {
     "convert": "conversion",
     "load_any": "others",
     "load_model": "load",
-    "save_model": "load",
+    "save_model": "save",
     "find": "location",
     "locate": "location",
+    "push_model": "save",
     "check_hashes": "artifact",
     "bits": "summary",
     "summarize": "summary",
@@ -42,6 +43,7 @@ __all__ = [
     "load_tokenizer",
     "locate",
     "open_checkpoint",
+    "push_model",
     "save_model",
     "summarize",
 ]
@@ -50,9 +52,10 @@ if TYPE_CHECKING:
     from quamba.formats.artifact import ArtifactWriter, check_hashes, expected_tensors, is_artifact
     from quamba.formats.checkpoint import Checkpoint, checkpoint_of, open_checkpoint
     from quamba.formats.conversion import convert
-    from quamba.formats.load import load_model, save_model
+    from quamba.formats.load import load_model
     from quamba.formats.location import find, locate
     from quamba.formats.others import load_any
+    from quamba.formats.save import push_model, save_model
     from quamba.formats.summary import bits, summarize
     from quamba.formats.tokenizer import copy_tokenizer, load_tokenizer
 

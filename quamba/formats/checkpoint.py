@@ -132,7 +132,10 @@ def checkpoint_of(model: Any) -> Checkpoint:
     if transformers.matches(data) and "norm_groups" not in data:
         data |= transformers.live_facts(model)
     kind = f"the configuration of {type(model).__name__}"
-    found = _identify(Location(Path(), Path(name).name), data, kind, lambda *_: LiveTensors(model.state_dict()), False)
+    repo = name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else None
+    found = _identify(
+        Location(Path(), Path(name).name, repo), data, kind, lambda *_: LiveTensors(model.state_dict()), False
+    )
     return dataclasses.replace(found, live=model)
 
 

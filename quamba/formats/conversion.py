@@ -8,33 +8,14 @@ from typing import Any
 
 import torch
 
-import quamba
 from quamba.formats.artifact import ArtifactWriter, expected_tensors, write_atomically
+from quamba.formats.card import converted_card, copy_licence
 from quamba.formats.checkpoint import Checkpoint, open_checkpoint
 from quamba.formats.load import cast, read_generation_config, shard_of
 from quamba.formats.run import RunFolder
 from quamba.formats.tokenizer import copy_tokenizer, load_tokenizer
 
 Progress = Callable[[int, int, str], None]
-
-_CARD = """---
-library_name: quamba
-base_model: {name}
-tags: [quamba, mamba]
----
-
-# {name}, as a quamba artifact
-
-Converted with quamba {version} from the {layout} layout: {layers} blocks, {hidden} wide, float parts in {dtype}.
-{repairs}
-```python
-from quamba import QuambaLMHeadModel
-
-model = QuambaLMHeadModel.from_pretrained("path/to/this/folder")
-```
-
-The licence is the original model's.
-"""
 
 
 def convert(
@@ -75,7 +56,8 @@ def convert(
         if words is not None:
             copy_tokenizer(words, folder.path)
         copy_generation_config(checkpoint, folder.path)
-        write_atomically(folder.path / "README.md", _card(checkpoint, config).encode())
+        copy_licence(checkpoint, folder.path)
+        converted_card(config, checkpoint).write(folder.path)
         writer.finish()
         folder.finish()
     return checkpoint
@@ -90,16 +72,3 @@ def copy_generation_config(checkpoint: Checkpoint, folder: Path) -> None:
     source = checkpoint.folder / "generation_config.json"
     if source.is_file():
         write_atomically(folder / "generation_config.json", source.read_bytes())
-
-
-def _card(checkpoint: Checkpoint, config: Any) -> str:
-    repairs = f"\nRepaired on the way:\n\n{checkpoint.repairs}\n" if checkpoint.repairs.found else ""
-    return _CARD.format(
-        name=checkpoint.location.name,
-        version=quamba.__version__,
-        layout=checkpoint.layout,
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        dtype=str(config.dtype).removeprefix("torch."),
-        repairs=repairs,
-    )

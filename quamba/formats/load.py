@@ -1,8 +1,9 @@
-"""From files to a model and back."""
+"""From files to a model."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -10,39 +11,106 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quamba.config import QuambaConfig
 from quamba.errors import CheckpointError, QuambaError
-from quamba.formats.artifact import ArtifactWriter, block_shard
+from quamba.formats.artifact import block_shard, digest
 from quamba.formats.checkpoint import Checkpoint, checkpoint_of, is_finite, open_checkpoint
+from quamba.plan import Plan
 
 _HUB_KEYS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 # What transformers' Auto classes and pipelines pass along and this loader has no use for.
-_IGNORED = (
-    "config",
-    "low_cpu_mem_usage",
-    "use_safetensors",
-    "trust_remote_code",
-    "attn_implementation",
-    "adapter_kwargs",
-)
+_IGNORED = ("low_cpu_mem_usage", "use_safetensors", "trust_remote_code", "attn_implementation", "adapter_kwargs")
+_ONE_DEVICE = "a model is loaded whole, onto one device: give device_map='cuda:0', or device='cuda:0'"
+_REFUSED = {
+    "max_memory": _ONE_DEVICE,
+    "offload_folder": _ONE_DEVICE,
+    "offload_buffers": _ONE_DEVICE,
+    "tp_plan": _ONE_DEVICE,
+    "distributed_config": _ONE_DEVICE,
+    "state_dict": "load first, then call model.load_state_dict",
+    "subfolder": "give the path of the folder itself",
+    "variant": "an artifact has one set of files; load another dtype with dtype=",
+    "gguf_file": "GGUF files aren't read",
+    "key_mapping": "names are mapped by layout, see docs/formats.md",
+    "ignore_mismatched_sizes": "every tensor must fit the architecture",
+}
+_WHOLE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+_STRUCTURE = ("model_type", "architectures", "blocks", "layer_types", "quantization_config", "dtype")
 
 
 @torch.inference_mode(False)
-def load_model(model: Any, *, dtype: Any = "auto", device: Any = None, device_map: Any = None, **kwargs: Any):
+def load_model(
+    model: Any,
+    *,
+    dtype: Any = "auto",
+    device: Any = None,
+    device_map: Any = None,
+    config: Any = None,
+    generation_config: Any = None,
+    quantization_config: Any = None,
+    output_loading_info: bool = False,
+    **kwargs: Any,
+):
     """See `QuambaLMHeadModel.from_pretrained`. Tensors stay memory-mapped where dtype and device allow."""
     dtype = kwargs.pop("torch_dtype", dtype)
     checks = {key: bool(kwargs.pop(key)) for key in ("strict", "verify") if key in kwargs}
     hub = {key: kwargs.pop(key) for key in _HUB_KEYS if key in kwargs}
-    kwargs = {k: v for k, v in kwargs.items() if v is not None and k not in _IGNORED and not k.startswith("_")}
-    if kwargs:
-        raise TypeError(f"from_pretrained doesn't know {', '.join(sorted(kwargs))}")
+    kwargs = {k: v for k, v in kwargs.items() if v not in (None, False, "") and not k.startswith("_")}
+    for key, why in _REFUSED.items():
+        if key in kwargs:
+            raise QuambaError(f"from_pretrained can't take {key}: {why}")
+    if unknown := sorted(kwargs.keys() - set(_IGNORED)):
+        raise TypeError(f"from_pretrained doesn't know {', '.join(unknown)}")
     if isinstance(model, str | os.PathLike):
         checkpoint = open_checkpoint(str(model), **checks, **hub)
     else:
         checkpoint = checkpoint_of(model)
         if checks.get("strict"):
             checkpoint.repairs.refuse()
+    _check_plan(checkpoint, quantization_config)
+    take_settings(checkpoint.config, config, checkpoint.location.name)
     checkpoint.repairs.tell()
-    return build(checkpoint, as_dtype(dtype), as_device(device, device_map))
+    found = build(checkpoint, as_dtype(dtype), as_device(device, device_map))
+    if generation_config is not None:
+        found.generation_config = copy.deepcopy(generation_config)
+    if device_map is not None:
+        found.hf_device_map = {"": found.device}  # pipelines leave a model that has one where it is
+    if output_loading_info:  # a tensor that is missing or doesn't fit was an error
+        nothing: set[str] = set()
+        return found, {
+            "missing_keys": nothing,
+            "unexpected_keys": nothing,
+            "mismatched_keys": nothing,
+            "error_msgs": [],
+        }
+    return found
+
+
+def _check_plan(checkpoint: Checkpoint, quantization_config: Any) -> None:
+    """A `quantization_config` of the call may only repeat what the files say (lm-eval does that)."""
+    if quantization_config is None:
+        return
+    data = quantization_config if isinstance(quantization_config, dict) else quantization_config.to_dict()
+    if "blocks" not in data or Plan.from_dict(data) != checkpoint.config.plan:
+        raise QuambaError(
+            "quantization_config quantizes transformers' own classes in place; "
+            f"{checkpoint.location.name} is loaded as it is: quantize with quamba.quantize"
+        )
+
+
+def take_settings(config: QuambaConfig, given: Any, name: str) -> None:
+    """Copy the run-time settings of a config passed to `from_pretrained`. QuambaError if it describes another model."""
+    if given is None:
+        return
+    if not isinstance(given, QuambaConfig):
+        raise QuambaError(f"config must be a QuambaConfig, not {type(given).__name__}")
+    same = copy.deepcopy(given)
+    same.dtype = config.dtype
+    if digest(same) != digest(config):
+        raise QuambaError(f"config= describes another model than the files of {name}")
+    for key, value in given.to_dict().items():
+        if key not in _STRUCTURE and hasattr(config, key):
+            setattr(config, key, value)
 
 
 @torch.inference_mode(False)
@@ -67,6 +135,9 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: torc
     elif getattr(checkpoint.live, "generation_config", None) is not None:
         model.generation_config = copy.deepcopy(checkpoint.live.generation_config)
     model.name_or_path = checkpoint.location.name
+    if checkpoint.live is None:
+        place = checkpoint.location
+        model.origin = dataclasses.replace(place, path=place.path.absolute())
     model.eval()
     return model if device is None else model.to(device)
 
@@ -105,11 +176,12 @@ def as_dtype(dtype: Any) -> torch.dtype | None:
 
 def as_device(device: Any, device_map: Any) -> torch.device | None:
     if isinstance(device_map, dict):
-        if set(device_map) != {""}:
-            raise QuambaError("a model is loaded onto one device: device_map can't split it")
-        device_map = device_map[""]
+        places = {str(place): place for place in device_map.values()}
+        if len(places) != 1:
+            raise QuambaError(f"device_map can't split a model over {', '.join(places)}: {_ONE_DEVICE}")
+        device_map = next(iter(places.values()))
     choice = device if device is not None else device_map
-    if choice == "auto":
+    if choice in _WHOLE_MAPS:
         choice = "cuda" if torch.cuda.is_available() else "cpu"
     if choice is None:
         return None
@@ -121,31 +193,6 @@ def as_device(device: Any, device_map: Any) -> torch.device | None:
     except (RuntimeError, AssertionError, TypeError) as error:
         raise QuambaError(f"device {choice!r} can't be used here: {str(error).splitlines()[0]}") from error
     return found
-
-
-def save_model(model, folder: str | os.PathLike, **kwargs: Any) -> None:
-    """See `QuambaLMHeadModel.save_pretrained`. config.json goes first and comes last: nothing half-written loads."""
-    if kwargs.pop("push_to_hub", False):
-        raise QuambaError("save first, then model.push_to_hub(repo_id)")
-    if not kwargs.pop("is_main_process", True):
-        return
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").unlink(missing_ok=True)
-    config = type(model.config).from_dict(model.config.to_dict())
-    config.dtype = model.backbone.norm_f.weight.dtype
-    writer = ArtifactWriter(folder, config)
-    state = model.state_dict()
-    for name in model.tied:
-        state.pop(name)
-    shards: dict[str, dict[str, Tensor]] = {shard: {} for shard in writer.shards()}
-    for name, tensor in state.items():
-        shards[shard_of(name)][name] = tensor
-    for shard, tensors in shards.items():
-        writer.write(shard, tensors)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
-    writer.finish()
 
 
 def shard_of(name: str) -> str:

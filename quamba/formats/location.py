@@ -10,8 +10,14 @@ from typing import Any
 
 from quamba.errors import CheckpointError
 
-MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt")
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "*.model", "added_tokens.json")
+TOKENIZER_FILES = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt"),
+    *("*.model", "*.jinja"),
+)
+MODEL_FILES = (
+    *("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"),
+    *("README.md", "LICENSE*", "LICENCE*", "NOTICE*"),  # what the base model says of its licence
+)
 
 _SHORT = re.compile(r"mamba2?(attn)?-\d[\w.-]*")
 

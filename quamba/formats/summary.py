@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from quamba.config import QuambaConfig
 from quamba.formats.checkpoint import Checkpoint
 from quamba.layers import GatedMLP
 from quamba.mixers import MIXERS
@@ -62,17 +63,21 @@ def tensor_bytes(checkpoint: Checkpoint) -> dict[str, int]:
 
 def bits(checkpoint: Checkpoint) -> dict[str, float]:
     """body_bits and vocabulary_bits, see `summarize`."""
+    return bits_of(checkpoint.config, tensor_bytes(checkpoint))
+
+
+def bits_of(config: QuambaConfig, sizes: dict[str, int]) -> dict[str, float]:
+    """The same from the bytes of each tensor, by our names."""
     from quamba.formats.artifact import expected_tensors
     from quamba.plan import Plan
 
-    config = checkpoint.config
     floating = config.with_plan(Plan.floating(config.num_hidden_layers))
     floating.tie_word_embeddings = True  # an embedding stored twice is no other embedding
     parameters = {"body": 0, "vocabulary": 0}
     for name, (shape, _) in expected_tensors(floating).items():
         parameters[_part(name)] += torch.Size(shape).numel()
     stored = {"body": 0, "vocabulary": 0}
-    for name, size in tensor_bytes(checkpoint).items():
+    for name, size in sizes.items():
         stored[_part(name)] += size
     return {f"{part}_bits": 8 * stored[part] / parameters[part] for part in stored}
 

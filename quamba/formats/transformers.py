@@ -59,6 +59,11 @@ def rename(name: str) -> str:
 
 def read_config(config: dict[str, Any], shapes: Shapes, repairs: Repairs) -> QuambaConfig:
     """Keys absent from the file take transformers' own defaults."""
+    if method := (config.get("quantization_config") or {}).get("quant_method"):
+        raise CheckpointError(
+            f"its Linears were quantized in transformers (method {method!r}): load it with AutoModelForCausalLM, or give "
+            "the float model"
+        )
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise CheckpointError(f"config.json has hidden_act = {config['hidden_act']}; only silu is supported")
     version = str(config.get("transformers_version") or "")

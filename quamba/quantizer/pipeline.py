@@ -14,7 +14,8 @@ from torch import Tensor
 import quamba
 import quamba_kernels as kernels
 from quamba.config import QuambaConfig
-from quamba.formats.artifact import ArtifactWriter, block_shard, write_atomically
+from quamba.formats.artifact import ArtifactWriter, block_shard
+from quamba.formats.card import copy_licence, quantized_card
 from quamba.formats.checkpoint import Checkpoint
 from quamba.formats.conversion import copy_generation_config
 from quamba.formats.load import cast
@@ -25,7 +26,6 @@ from quamba.model import Block
 from quamba.plan import BlockPlan, Plan
 from quamba.quantizer.block import BlockQuantizer, gptq_weights
 from quamba.quantizer.calibration import CalibrationSet
-from quamba.quantizer.card import model_card
 from quamba.quantizer.reorder import ChannelStatistic, reorder_mamba2, sort_and_cluster
 from quamba.quantizer.rotate import fold_norms, rotate_online, rotate_residual
 from quamba.quantizer.stream import Stream
@@ -62,7 +62,8 @@ def run_pipeline(
         if tokenizer is not None:
             copy_tokenizer(tokenizer, folder.path)
         copy_generation_config(checkpoint, folder.path)
-        write_atomically(folder.path / "README.md", model_card(config, plan, checkpoint).encode())
+        copy_licence(checkpoint, folder.path)
+        quantized_card(config, checkpoint).write(folder.path)
         job.writer.finish()
         folder.finish()
 
