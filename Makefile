@@ -12,7 +12,7 @@ INSTALLED := .venv/.installed
 ORACLE := MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(PIP) install -q -c constraints.txt --no-deps --no-build-isolation
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-emulated test-asan aot gpu-test gpu-bench fuzz lint venv clean
+.PHONY: help demo test test-slow test-emulated test-asan aot gpu-test gpu-bench fuzz hf-mixins lint venv clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -58,6 +58,9 @@ gpu-bench: ## their speed, in under ten minutes (RESULTS=folder)
 
 fuzz: $(INSTALLED) ## damage checkpoints at random and load them, for about half an hour
 	$(BIN)/python -m tests.quamba.formats.fuzz --mutants 100000 --seed $${SEED:-1}
+
+hf-mixins: $(INSTALLED) ## transformers' own modelling tests on our classes, fetched from PyPI
+	$(BIN)/python -m tests.hf_mixins
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check
