@@ -115,9 +115,8 @@ def upload(
     Blocks that an earlier, deeper model left in the repository are deleted. A README.md there stays if somebody else wrote
     it. Raises QuambaError if the hub refuses or can't be reached.
     """
-    from httpx import HTTPError
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     api = HfApi(token=token)
     try:

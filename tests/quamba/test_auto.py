@@ -58,11 +58,15 @@ def test_copies_compute_the_same(folder):
         "from transformers import AutoModelForCausalLM; import quamba",
         "import transformers; import quamba; from transformers import AutoModelForCausalLM",
         "from quamba import QuambaLMHeadModel; from transformers import AutoModelForCausalLM",
+        "from quamba.inplace.quantizer import QuambaHfQuantizer; from transformers import AutoModelForCausalLM",
         "import quamba, importlib; importlib.reload(quamba); from transformers import AutoModelForCausalLM",
     ],
 )
 def test_any_order_of_imports(folder, imports):
-    script = f"{imports}; print(type(AutoModelForCausalLM.from_pretrained({str(folder)!r})).__name__)"
+    script = f"{imports}; print(type(AutoModelForCausalLM.from_pretrained({str(folder)!r})).__name__)\n"
+    script += (
+        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING; assert 'quamba' in AUTO_QUANTIZER_MAPPING"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "QuambaLMHeadModel", done.stderr
 

@@ -1,6 +1,6 @@
 """Artifacts uploaded to a hub on this machine and loaded from it again; the card that they get there.
 
-In subprocesses, because huggingface_hub reads its endpoint when it is imported.
+Once in a process of its own, as a user would: huggingface_hub reads its endpoint when it is imported.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 import quamba
 from tests.conftest import write_checkpoint
-from tests.stub_hub import hub_environment, stub_hub
+from tests.stub_hub import hub_environment, stub_hub, use_hub
 
 
 @pytest.fixture(scope="module")
@@ -96,45 +96,35 @@ def test_upload_and_download(artifact, tmp_path):
     assert {path.name for path in repositories["me/small"].iterdir()} >= {"tokenizer.json", "README.md"}
 
 
-def test_a_card_that_somebody_wrote_stays(artifact, tmp_path):
+def test_a_card_that_somebody_wrote_stays(artifact, tmp_path, monkeypatch):
     repositories = {"me/mine": tmp_path / "mine"}
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/README.md").write_text("---\nlibrary_name: other\n---\nMy own words.\n")
-    script = f"import quamba\nquamba.QuambaLMHeadModel.from_pretrained({str(artifact)!r}).push_to_hub('me/mine')"
     with stub_hub(repositories, [], uploads=tmp_path) as endpoint:
-        done = python(endpoint, tmp_path / "home", script)
-    assert done.returncode == 0, done.stderr
+        use_hub(monkeypatch, endpoint, tmp_path / "home")
+        quamba.QuambaLMHeadModel.from_pretrained(artifact).push_to_hub("me/mine")
     assert (tmp_path / "mine/README.md").read_text().endswith("My own words.\n")
     assert (tmp_path / "mine/config.json").is_file()
 
 
-REFUSED = """
-import quamba
-model = quamba.QuambaLMHeadModel.from_pretrained({artifact!r})
-for arguments in ({{}}, {{"token": "wrong"}}):
-    try:
-        model.push_to_hub("me/tiny", **arguments)
-    except quamba.QuambaError as error:
-        print(error)
-"""
-
-
-def test_what_the_hub_refuses(artifact, tmp_path):
-    script = REFUSED.format(artifact=str(artifact))
+def test_what_the_hub_refuses(artifact, tmp_path, monkeypatch):
+    model = quamba.QuambaLMHeadModel.from_pretrained(artifact)
     with stub_hub({}, [], uploads=tmp_path, token="secret") as endpoint:
-        done = python(endpoint, tmp_path / "home", script)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert len(lines) == 2
-    for line in lines:
-        assert line.startswith("the hub refused me/tiny (") and "401" in line
-        assert line.endswith("log in with `hf auth login`, or give token=")
+        use_hub(monkeypatch, endpoint, tmp_path / "home")
+        for arguments in ({}, {"token": "wrong"}):
+            with pytest.raises(
+                quamba.QuambaError, match=r"the hub refused me/tiny \(.*401.*log in with `hf auth login`"
+            ):
+                model.push_to_hub("me/tiny", **arguments)
+        with pytest.raises(quamba.QuambaError, match="could not be uploaded: HFValidationError"):
+            model.push_to_hub("me/ti ny", token="secret")
+        with pytest.raises(TypeError, match="push_to_hub doesn.t know private_repo"):
+            model.push_to_hub("me/tiny", private_repo=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        closed = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    done = python(closed, tmp_path / "home", script)
-    assert done.returncode == 0, done.stderr
-    assert all("me/tiny could not be uploaded: " in line for line in done.stdout.splitlines())
+        use_hub(monkeypatch, f"http://127.0.0.1:{probe.getsockname()[1]}", tmp_path / "home")
+    with pytest.raises(quamba.QuambaError, match="me/tiny could not be uploaded: "):
+        model.push_to_hub("me/tiny")
 
 
 def test_the_card_of_an_artifact(base, artifact):

@@ -25,6 +25,15 @@ from quamba.inplace.linear import InPlaceLinear
 from quamba.recipe import Recipe
 from tests.quamba.inplace.models import ids, linears, logits, stand_in
 
+
+def same(a, b):
+    """The same tensors to the bit. Float products of torch may differ in the last place by where a tensor lies in memory."""
+    first, second = a.state_dict(), b.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    torch.testing.assert_close(logits(a, ids()), logits(b, ids()), rtol=1e-5, atol=1e-5)
+
+
 BOTH = pytest.mark.parametrize("recipe", ["w8a8", "w4a16"])
 
 
@@ -43,10 +52,10 @@ def test_saved_and_loaded_again_it_is_the_same(folders, tmp_path, kind, recipe):
     assert said["load"] == "import quamba before from_pretrained"
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
     assert again.config.quantization_config.to_dict() == said
-    assert torch.equal(logits(again, ids()), logits(model, ids()))
+    same(again, model)
     again.save_pretrained(tmp_path / "two")
     third = {"mamba": MambaForCausalLM, "mamba2": Mamba2ForCausalLM}[kind].from_pretrained(tmp_path / "two")
-    assert torch.equal(logits(third, ids()), logits(model, ids()))
+    same(third, model)
     stored = load_file(tmp_path / "two/model.safetensors")
     names = {name.rpartition(".")[2]: t.dtype for name, t in stored.items() if ".in_proj.weight" in name}
     codes = (
@@ -220,14 +229,9 @@ print(sum(type(m).__name__ == "InPlaceLinear" for m in model.modules()))
     ("imports", "model", "found"),
     [
         ("import quamba; from transformers import MambaForCausalLM as Model", "Model", "6"),  # no Auto class loaded
-        (
-            "from quamba.inplace.quantizer import QuambaHfQuantizer\nimport transformers",
-            "transformers.AutoModelForCausalLM",
-            "6",
-        ),
         ("import transformers", "transformers.AutoModelForCausalLM", "0"),
     ],
-    ids=["without Auto classes", "the quantizer first", "without quamba"],
+    ids=["without Auto classes", "without quamba"],
 )
 def test_loading_in_another_process(folders, tmp_path, imports, model, found):
     load(folders["mamba"]).save_pretrained(tmp_path)
