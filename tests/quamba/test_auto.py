@@ -68,7 +68,7 @@ def test_any_order_of_imports(folder, imports):
         "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING; assert 'quamba' in AUTO_QUANTIZER_MAPPING"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip() == "QuambaLMHeadModel", done.stderr
+    assert (done.stdout.strip(), done.returncode) == ("QuambaLMHeadModel", 0), done.stderr
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def test_what_the_hub_refuses(artifact, tmp_path, monkeypatch):
                 model.push_to_hub("me/tiny", **arguments)
         with pytest.raises(quamba.QuambaError, match="could not be uploaded: HFValidationError"):
             model.push_to_hub("me/ti ny", token="secret")
-        with pytest.raises(TypeError, match="push_to_hub doesn.t know private_repo"):
+        with pytest.raises(TypeError, match=r"push_to_hub doesn.t know private_repo"):
             model.push_to_hub("me/tiny", private_repo=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
