@@ -176,6 +176,13 @@ class QuambaLMHeadModel(PreTrainedModel, GenerationMixin):
 
         return load_model(pretrained_model_name_or_path, **kwargs)
 
+    @classmethod
+    def _from_config(cls, config: QuambaConfig, **kwargs: Any):
+        """What `AutoModelForCausalLM.from_config` calls: a float model with random weights."""
+        if not config.plan.is_float:
+            raise QuambaError("a quantized model can't be started at random: load its files with from_pretrained")
+        return super()._from_config(config, **kwargs)
+
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Write an artifact: safetensors shards (one a block, whatever `max_shard_size`), index, config, generation config,
         tokenizer, model card. Replaces the files of an earlier one.

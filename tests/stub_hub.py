@@ -26,7 +26,8 @@ def hub_environment(endpoint: str, home: Path) -> dict[str, str]:
     """Environment of a process that uses this hub, with its cache in `home`."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}
-    return environment | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "NO_PROXY": "127.0.0.1"}
+    paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return environment | {"PYTHONPATH": os.pathsep.join(paths), "NO_PROXY": "127.0.0.1"}
 
 
 def use_hub(monkeypatch: pytest.MonkeyPatch, endpoint: str, home: Path) -> None:

@@ -48,10 +48,10 @@ class RoundToNearest(ConversionOps):
 def float_linear(linear: InPlaceLinear, dtype: torch.dtype) -> nn.Linear:
     """The Linear that an integer one stands for, its inputs not rounded."""
     names = ("weight", "weight_packed", "weight_scale", "weight_group_scale")
-    tensors = {name: t for name in names if (t := getattr(linear, name, None)) is not None}
+    tensors: dict[str, Tensor] = {name: t for name in names if (t := getattr(linear, name, None)) is not None}
     weight = dequantize_weight(tensors, linear.spec, linear.inputs).to(dtype)
     made = nn.Linear(linear.inputs, linear.outputs, linear.bias is not None, device="meta")
     made.weight = nn.Parameter(weight, requires_grad=False)
-    if linear.bias is not None:
-        made.bias = nn.Parameter(linear.bias.data.to(dtype), requires_grad=False)
+    if isinstance(linear.bias, Tensor):
+        made.bias = nn.Parameter(linear.bias.detach().to(dtype), requires_grad=False)
     return made

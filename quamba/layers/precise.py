@@ -49,7 +49,8 @@ class PreciseModule(nn.Module):
         """A small parameter that isn't multiplied as a matrix: float, or int8 codes with `<name>_scale`: one, or
         (axis split) one an entry."""
         if spec.is_float:
-            self.register_parameter(name, nn.Parameter(make(shape)))
+            dtype = torch.float32 if precise else None  # else torch's default, which from_config changes
+            self.register_parameter(name, nn.Parameter(make(shape, dtype=dtype)))
             self.precise = (*self.precise, name) if precise else self.precise
         else:
             self.register_parameter(name, frozen(*shape, dtype=torch.int8))

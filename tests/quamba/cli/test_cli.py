@@ -74,7 +74,7 @@ def test_help_of_a_command_explains_every_option(command):
     ("arguments", "why"),
     [
         (["quantise", "x"], "there is no command 'quantise': did you mean 'quantize'?"),
-        (["zzz"], "there is no command 'zzz': the keys here are quantize, eval, generate, convert, doctor, inspect"),
+        (["zzz"], "there is no command 'zzz': the keys here are quantize, eval, generate, card, convert"),
         (
             ["quantize", "mamba1-nano", "--w8a9"],
             "No such option '--w8a9'. (Did you mean one of: '--w4a16', '--w4a8'",
