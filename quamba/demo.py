@@ -15,8 +15,7 @@ from rich.table import Table
 import quamba_kernels
 from quamba import QuambaLMHeadModel, bundled, quantize
 from quamba.cli.common import progress_bar, size
-from quamba.evaluation import encode_text, evaluate, measure_speed
-from quamba.evaluation.report import paired_difference
+from quamba.evaluation import difference, encode_text, evaluate, measure_speed
 from quamba.formats import bits, load_tokenizer, open_checkpoint
 
 SHOWN = (("mamba1-nano", "w8a8"), ("mamba2-nano", "w4a8"))
@@ -46,8 +45,9 @@ def show(model: str, preset: str) -> None:
             "float": QuambaLMHeadModel.from_pretrained(model, dtype="float32"),
         }
         texts = {text: encode_text(tokenizer, text) for text in ("wikitext", "novels")}
-        results, divergences = evaluate(
-            models, tokenizer, ["lambada_openai"], texts, batch_size=16, data="bundled", progress=progress
+        task = ["lambada_openai"]
+        results = evaluate(
+            models, tokenizer, task, texts, reference="float", batch_size=16, data="bundled", progress=progress
         )
         prompt = texts["novels"][None, :512]
         quick, slow = measure_speed(list(models.values()), prompt, new_tokens=64, rounds=3, progress=progress)
@@ -60,7 +60,7 @@ def show(model: str, preset: str) -> None:
         said = "blocks" if part == "body" else part
         table.add_row(f"  {said}, bits a weight", *(f"{share[f'{part}_bits']:.2f}" for share in shares), "")
     for text in texts:
-        q, f, d = results[0].texts[text], results[1].texts[text], divergences[text]
+        q, f, d = results[0].texts[text], results[1].texts[text], results[0].divergences[text]
         change = f"{100 * (q.perplexity / f.perplexity - 1):+.2f} %"
         table.add_row(f"{text}: perplexity", f"{f.perplexity:.3f}", f"{q.perplexity:.3f}", change)
         table.add_row("  KL to float, nats a token", "", f"{d.mean_kl:.5f}", f"99.9 % of tokens up to {d.p999_kl:.4f}")
@@ -86,8 +86,8 @@ def _lambada(table: Table, before: Any, after: Any) -> None:
             cells.append(f"{found.value:.3f}" + ("" if found.stderr is None else f" ± {found.stderr:.3f}"))
         note = ""
         if metric == "loglikelihood_per_word":
-            difference, error = paired_difference(after.logliks, before.logliks)
-            note = f"{difference:+.4f} ± {error:.4f} (paired)"
+            change = difference(after.metrics[metric], before.metrics[metric])
+            note = f"{change.value:+.4f} ± {change.stderr:.4f} (paired, p {change.p:.2g})"
         table.add_row(f"LAMBADA, {after.samples} rows: {title}", *cells, note)
 
 

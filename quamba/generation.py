@@ -47,9 +47,9 @@ def last_logits(model: Any, ids: Tensor, state: Any = None, mask: Tensor | None 
     logits, tried = raw_logits(model, ids, state, mask)
     rows, length = ids.shape
     shape, vocab = list(logits.shape), getattr(getattr(model, "config", None), "vocab_size", None)
-    known = isinstance(vocab, int)
-    if shape[:-1] not in ([rows], [rows, 1], [rows, length]) or (known and shape[-1] < vocab):
-        v = f"V >= {vocab}" if known else "V"
+    least = vocab if isinstance(vocab, int) else 0
+    if shape[:-1] not in ([rows], [rows, 1], [rows, length]) or shape[-1] < least:
+        v = f"V >= {least}" if least else "V"
         raise QuambaError(
             f"{type(model).__name__} returned logits of shape {shape} for ids of shape {[rows, length]} and {tried}; "
             f"need [{rows}, V], [{rows}, 1, V] or [{rows}, {length}, V], {v}"

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
-from quamba.cli.common import exists, output_option, progress_bar, size, strict_option, write_json
+from quamba.cli.common import complete_model, exists, progress_bar, report, results_options, size, strict_option
 
 
 @click.command("convert")
-@click.argument("model", metavar="SRC", callback=exists)
+@click.argument("model", metavar="SRC", callback=exists, shell_complete=complete_model)
 @click.argument("out", metavar="DST")
 @click.option("--exact", is_flag=True, help="Two-level int4 weights as the int8 codes they are multiplied as.")
 @click.option("--dtype", default="auto", show_default=True, help="Of float parts: float32, float16, bfloat16.")
@@ -18,7 +18,7 @@ from quamba.cli.common import exists, output_option, progress_bar, size, strict_
 @click.option("--overwrite", is_flag=True, help="Replace DST if it is a model of quamba's.")
 @strict_option
 @click.option("--verify", is_flag=True, help="Check the hashes of an artifact's files.")
-@output_option
+@results_options
 def convert_command(
     model: str,
     out: str,
@@ -29,6 +29,7 @@ def convert_command(
     strict: bool,
     verify: bool,
     output: Path | None,
+    as_json: bool,
 ) -> None:
     """Write SRC, a checkpoint of any layout that loads, into the folder DST in quamba's own.
 
@@ -52,10 +53,12 @@ def convert_command(
             progress=progress,
         )
     after = sum(file.stat().st_size for file in Path(out).glob("*.safetensors"))
-    click.echo(
-        f"{checkpoint.location.name} ({checkpoint.layout} layout, {size(checkpoint.files.nbytes)}) -> {out} ({size(after)})"
-    )
-    if checkpoint.repairs.found:
-        click.echo(f"repaired:\n{checkpoint.repairs}")
     results = {"out": out, "layout": checkpoint.layout, "bytes": after, "repairs": checkpoint.repairs.to_list()}
-    write_json(output, results)
+
+    def show() -> None:
+        before = f"{checkpoint.location.name} ({checkpoint.layout} layout, {size(checkpoint.files.nbytes)})"
+        click.echo(f"{before} -> {out} ({size(after)})")
+        if checkpoint.repairs.found:
+            click.echo(f"repaired:\n{checkpoint.repairs}")
+
+    report(results, show, output, as_json)

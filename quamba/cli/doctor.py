@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import json
+from pathlib import Path
+from typing import Any
 
 import click
 from click.core import ParameterSource
 
-from quamba.cli.common import size
+from quamba.cli.common import complete_model, report, results_options, size
+
+_COLOURS = {"ok": "green", "repaired": "yellow", "broken": "red", "FAILED": "red", "healthy": "green"}
 
 SHAPES = ("prompt", "num_beams", "max_new_tokens", "dtype", "device", "transformers")
 FILES = ("no_run", "verify")
 
 
 @click.command("doctor")
-@click.argument("model")
+@click.argument("model", shell_complete=complete_model)
 @click.option("--no-run", is_flag=True, help="Read the files only.")
 @click.option("--verify", is_flag=True, help="Check the hashes of an artifact's files.")
 @click.option("--tokenizer", metavar="T", help="Tokenizer folder or hub id; the model's own by default.")
-@click.option("--json", "as_json", is_flag=True, help="Print the diagnosis as JSON.")
 @click.option("--shapes", is_flag=True, help="Instead: print what every route to the next token returns.")
 @click.option("--prompt", help="With --shapes: the text to continue.")
 @click.option("--num-beams", type=click.IntRange(min=2), default=5, show_default=True, help="With --shapes.")
@@ -26,6 +28,7 @@ FILES = ("no_run", "verify")
 @click.option("--dtype", default="auto", show_default=True, help="With --shapes: float32, float16, bfloat16.")
 @click.option("--device", metavar="D", help="With --shapes: cpu, cuda, cuda:1, ...; cpu by default.")
 @click.option("--transformers", is_flag=True, help="With --shapes: open MODEL with transformers' own class.")
+@results_options
 @click.pass_context
 def doctor_command(
     ctx: click.Context,
@@ -33,7 +36,6 @@ def doctor_command(
     no_run: bool,
     verify: bool,
     tokenizer: str | None,
-    as_json: bool,
     shapes: bool,
     prompt: str | None,
     num_beams: int,
@@ -41,6 +43,8 @@ def doctor_command(
     dtype: str,
     device: str | None,
     transformers: bool,
+    output: Path | None,
+    as_json: bool,
 ) -> None:
     """Say what MODEL is, what loading it repairs, and what is wrong with it.
 
@@ -56,9 +60,12 @@ def doctor_command(
             flag = f"--{name.replace('_', '-')}"
             raise click.UsageError(f"{flag} {'has no meaning with' if shapes else 'belongs to'} --shapes")
     if shapes:
-        _shapes(
-            ctx,
-            as_json,
+        from quamba.formats import find
+
+        find(model)  # before anything heavy is imported
+        from quamba.doctor.shapes import check_shapes
+
+        routes = check_shapes(
             model,
             prompt=prompt,
             tokenizer=tokenizer,
@@ -68,12 +75,16 @@ def doctor_command(
             beams=num_beams,
             new=max_new_tokens,
         )
+        report(routes.to_dict(), lambda: _print_shapes(routes), output, as_json)
+        ctx.exit(routes.exit_code)
     from quamba.doctor import diagnose
 
     found = diagnose(model, run=not no_run, verify=verify, tokenizer=tokenizer)
-    if as_json:
-        click.echo(json.dumps(found.to_dict(), indent=2))
-        ctx.exit(found.exit_code)
+    report(found.to_dict(), lambda: _print(found), output, as_json)
+    ctx.exit(found.exit_code)
+
+
+def _print(found: Any) -> None:
     facts = found.facts
     if facts:
         click.echo(
@@ -86,38 +97,32 @@ def doctor_command(
             f"vocabulary; float parts {facts['dtype']}"
         )
     for repair in found.repairs:
-        click.echo(f"  repaired: {repair['what']}{_of(repair['tensors'])}: {repair['why']}")
-    for note in found.notes:
-        click.echo(f"  note: {note.what}")
+        click.echo(f"  {_coloured('repaired')}: {repair['what']}{_of(repair['tensors'])}: {repair['why']}")
+    for fact in found.notes:
+        click.echo(f"  note: {fact.what}")
     for finding in found.broken:
-        click.echo(f"  broken: {finding.what}{_of(finding.tensors)}")
+        click.echo(f"  {_coloured('broken')}: {finding.what}{_of(finding.tensors)}")
     for check in found.checks:
-        click.echo(f"  {'ok' if check.passed else 'FAILED'}: {check.name}: {check.detail}")
-    click.echo(f"{found.model}: {found.verdict}")
-    ctx.exit(found.exit_code)
+        click.echo(f"  {_coloured('ok' if check.passed else 'FAILED')}: {check.name}: {check.detail}")
+    click.echo(f"{found.model}: {_coloured(found.verdict)}")
 
 
-def _shapes(ctx: click.Context, as_json: bool, model: str, **options: object) -> None:
-    from quamba.formats import find
-
-    find(model)  # before anything heavy is imported
-    from quamba.doctor.shapes import check_shapes
-
-    found = check_shapes(model, **options)  # type: ignore[arg-type]
-    if as_json:
-        click.echo(json.dumps(found.to_dict(), indent=2))
-        ctx.exit(found.exit_code)
+def _print_shapes(found: Any) -> None:
     facts = found.facts
     click.echo(f"{found.model}: {facts['class']}, {facts['dtype']} on {facts['device']}, in {facts['folder']}")
     click.echo(f"  tokenizer: {facts['tokenizer']}")
     text = "" if facts["prompt"] is None else f"{facts['prompt']!r}, "
     click.echo(f"  prompt: {text}ids {facts['ids']}; {facts['beams']} beams, {facts['new_tokens']} new tokens")
     for route in found.routes:
-        verdict = "ok" if route.passed else "FAILED"
+        verdict = _coloured("ok" if route.passed else "FAILED")
         click.echo(f"  {verdict}: {route.name}: expected {route.expected}, got {route.got}: {route.diagnosis}")
     bad = ", ".join(found.failed)
     click.echo(f"{found.model}: {f'not as it should be: {bad}' if bad else 'every route is as it should be'}")
-    ctx.exit(found.exit_code)
+
+
+def _coloured(word: str) -> str:
+    """In its colour; `click.echo` takes that away where the output is no terminal."""
+    return click.style(word, fg=_COLOURS[word])
 
 
 def _of(names: list[str] | tuple[str, ...]) -> str:

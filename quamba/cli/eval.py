@@ -6,31 +6,58 @@ from pathlib import Path
 
 import click
 
-from quamba.cli.common import exists, model_options, output_option, progress_bar, running_on, write_json
+from quamba.cli.common import (
+    complete_model,
+    exists,
+    model_options,
+    note,
+    print_table,
+    progress_bar,
+    report,
+    results_options,
+    running_on,
+)
+
+_FOLDER = click.Path(file_okay=False, path_type=Path)
+_TASKS = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
 @click.command("eval")
-@click.argument("model", required=False, callback=exists)
-@click.option("--task", "tasks", metavar="NAME[,NAME]", help="lm-eval tasks, such as lambada_openai,piqa.")
+@click.argument("models", nargs=-1, metavar="[MODEL]...", callback=exists, shell_complete=complete_model)
+@click.option("--task", "tasks", multiple=True, metavar="NAME[,NAME]", help="lm-eval tasks: lambada_openai,piqa.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first N rows of each task.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--data", metavar="DIR|bundled", help="Folder with <task>.jsonl, or the shipped sample; default: fetch.")
-@click.option("--against", metavar="MODEL", callback=exists, help="Evaluate this one, too, and the distance to it.")
+@click.option("--include", type=_TASKS, metavar="DIR", help="Task files of your own.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Requests at once.")
+@click.option("--max-length", type=click.IntRange(min=2), default=2048, show_default=True, help="Tokens, for tasks.")
 @click.option(
     "--perplexity", "texts", multiple=True, metavar="FILE", help="A text file, or wikitext, novels (bundled)."
 )
 @click.option("--context", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens, for perplexity.")
+@click.option(
+    "--against",
+    metavar="MODEL",
+    callback=exists,
+    shell_complete=complete_model,
+    help="Evaluate this one, too; the others' distance to it, and whether it is chance.",
+)
+@click.option("--resume/--no-resume", default=True, help="Go on where a killed run stopped, or start over.")
+@click.option("--lm-eval-output", type=_FOLDER, metavar="DIR", help="Also write the files that lm-eval writes.")
 @model_options
-@output_option
+@results_options
 def eval_command(
-    model: str | None,
-    tasks: str | None,
+    models: tuple[str, ...],
+    tasks: tuple[str, ...],
     limit: int | None,
-    batch_size: int,
     data: str | None,
-    against: str | None,
+    include: Path | None,
+    batch_size: int,
+    max_length: int,
     texts: tuple[str, ...],
     context: int,
+    against: str | None,
+    resume: bool,
+    lm_eval_output: Path | None,
     device: str | None,
     dtype: str,
     tokenizer: str | None,
@@ -38,58 +65,73 @@ def eval_command(
     strict: bool,
     verify: bool,
     output: Path | None,
+    as_json: bool,
 ) -> None:
-    """Measure MODEL: tasks, perplexity, and how far it is from another model.
+    """Measure each MODEL: tasks, perplexity, and how far it is from another model.
 
     Without MODEL: the current folder if it is a quantized model, else the newest quantized model in it.
 
     \b
     quamba eval --task lambada_openai
     quamba eval mamba1-nano-w8a8 --against mamba1-nano --perplexity wikitext
-    quamba eval mamba1-nano-w8a8 --task lambada_openai,piqa --data my/tasks
+    quamba eval mamba1-nano-w8a8 mamba1-nano-w4a8 --task lambada_openai,piqa --data my/tasks
+
+    Every value comes with its standard error. In several processes:
+    `torchrun --nproc-per-node 2 -m quamba eval ...`, on several GPUs
+    `accelerate launch --multi_gpu -m quamba eval ... --device cuda`.
     """
-    if not (tasks or texts or against):
+    names = [task.strip() for group in tasks for task in group.split(",") if task.strip()]
+    if not (names or texts or against):
         raise click.UsageError("say what to measure: --task lambada_openai, --perplexity FILE, or --against MODEL")
-    if not tasks and (limit or data):
-        raise click.UsageError("--limit and --data belong to --task")
-    model = model or newest_artifact()
-    if against is not None and model == against:
-        raise click.UsageError(f"{model} can't be compared with itself")
-    from rich.console import Console
-
-    from quamba.evaluation import encode_text, evaluate, results_dict, results_table
-    from quamba.formats import load_tokenizer
-    from quamba.model import QuambaLMHeadModel
-
+    if not names and (limit or data or include or lm_eval_output):
+        raise click.UsageError("--limit, --data, --include and --lm-eval-output belong to --task")
+    chosen = list(models) or [newest_artifact()]
+    if against in chosen:
+        raise click.UsageError(f"{against} can't be compared with itself")
+    chosen += [against] if against else []
+    if len(set(chosen)) < len(chosen):
+        raise click.UsageError("a model is named twice")
     if against and not texts:
         texts = ("wikitext",)
-    names = [task.strip() for task in (tasks or "").split(",") if task.strip()]
-    with running_on(backend, device), progress_bar("loading") as progress:
-        words = load_tokenizer(model, tokenizer)
-        ids = {Path(text).name: encode_text(words, text) for text in texts}
-        networks = {
-            label: QuambaLMHeadModel.from_pretrained(name, dtype=dtype, device=device, strict=strict, verify=verify)
-            for label, name in _labels(model, against).items()
-        }
-        measured, divergences = evaluate(
-            networks,
-            words,
-            names,
-            ids,
-            context=context,
-            limit=limit,
-            batch_size=batch_size,
-            data=data,
-            progress=progress,
-        )
-    console = Console()
-    (console if console.is_terminal else Console(width=140)).print(results_table(measured, divergences))
-    write_json(output, results_dict(measured, divergences))
+    from quamba.evaluation import results_dict, results_table
+    from quamba.evaluation.lm_eval_files import save_for_lm_eval
+    from quamba.evaluation.processes import joined
+    from quamba.evaluation.session import measure
+
+    labels = _labels(chosen)
+    reference = list(labels)[-1] if against else None
+    with joined(device) as processes:
+        device = processes.device(device)
+        with running_on(backend, device, processes.first), progress_bar("loading", processes.first) as progress:
+            measured = measure(
+                labels,
+                tokenizer,
+                loading={"dtype": dtype, "device": device, "strict": strict, "verify": verify},
+                resume=resume,
+                note=note,
+                processes=processes,
+                tasks=names,
+                texts=_labels(list(texts)),
+                reference=reference,
+                context=context,
+                limit=limit,
+                batch_size=batch_size,
+                max_length=max_length,
+                data=data,
+                include=include,
+                progress=progress,
+            )
+    if not processes.first:
+        return
+    if lm_eval_output:
+        for found in measured:
+            note(f"wrote {save_for_lm_eval(found, labels[found.name], lm_eval_output)}")
+    results = results_dict(measured, reference)
+    report(results, lambda: print_table(results_table(measured, reference), 140), output, as_json)
 
 
-def _labels(model: str, against: str | None) -> dict[str, str]:
-    """What the table calls the models: their last path component, or all of it where that is the same."""
-    names = [model] if against is None else [model, against]
+def _labels(names: list[str]) -> dict[str, str]:
+    """What the table calls models and texts: their last path component, or all of it where that is the same."""
     short = [Path(name).resolve().name if name == "." else Path(name).name for name in names]
     return dict(zip(short if len(set(short)) == len(names) else names, names, strict=True))
 
@@ -100,7 +142,7 @@ def newest_artifact() -> str:
 
     here = Path()
     if is_artifact(here):
-        click.echo(f"evaluating the current folder, {here.resolve().name}")
+        note(f"evaluating the current folder, {here.resolve().name}")
         return "."
     found = [path for path in here.iterdir() if path.is_dir() and path.suffix != ".partial" and is_artifact(path)]
     if not found:
@@ -110,5 +152,5 @@ def newest_artifact() -> str:
         )
     newest = max(found, key=lambda path: (path / "config.json").stat().st_mtime)
     others = f"the newest of {len(found)} quantized models here" if len(found) > 1 else "the quantized model here"
-    click.echo(f"evaluating {newest}, {others}")
+    note(f"evaluating {newest}, {others}")
     return str(newest)

@@ -7,13 +7,13 @@ from typing import Any
 
 import click
 
-from quamba.cli.common import model_argument, output_option, size, write_json
+from quamba.cli.common import model_argument, print_table, report, results_options, size
 
 
 @click.command("inspect")
 @model_argument
-@output_option
-def inspect_command(model: str, output: Path | None) -> None:
+@results_options
+def inspect_command(model: str, output: Path | None, as_json: bool) -> None:
     """Show what MODEL is made of: architecture, precision and size of every component, and where its scales came from.
 
     Reads headers only.
@@ -22,15 +22,17 @@ def inspect_command(model: str, output: Path | None) -> None:
 
     checkpoint = open_checkpoint(model)
     results = summarize(checkpoint) | {"repairs": checkpoint.repairs.to_list()}
-    _print(results)
-    if checkpoint.repairs.found:
-        click.echo(f"loading it repairs:\n{checkpoint.repairs}")
-    write_json(output, results)
+
+    def show() -> None:
+        _print(results)
+        if checkpoint.repairs.found:
+            click.echo(f"loading it repairs:\n{checkpoint.repairs}")
+
+    report(results, show, output, as_json)
 
 
 def _print(results: dict[str, Any]) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     click.echo(
@@ -74,5 +76,4 @@ def _print(results: dict[str, Any]) -> None:
     table.add_row("final norm", results["dtype"], "residual float", size(norm["bytes"]))
     stored = "tied to embedding" if head["tied_to_embedding"] else size(head["bytes"])
     table.add_row("head", head["precision"], f"head_in {norm['precision']}", stored)
-    console = Console()
-    (console if console.is_terminal else Console(width=110)).print(table)
+    print_table(table, 110)

@@ -7,7 +7,17 @@ from pathlib import Path
 
 import click
 
-from quamba.cli.common import model_argument, model_options, output_option, progress_bar, running_on, size, write_json
+from quamba.cli.common import (
+    QUIET,
+    level,
+    model_argument,
+    model_options,
+    progress_bar,
+    report,
+    results_options,
+    running_on,
+    size,
+)
 from quamba.errors import QuambaError
 
 
@@ -32,7 +42,7 @@ from quamba.errors import QuambaError
 @click.option("--seq-len", type=click.IntRange(min=2), help="Tokens a window; by default the recipe's.")
 @click.option("--seed", default=0, show_default=True, help="Chooses the windows.")
 @model_options
-@output_option
+@results_options
 def quantize_command(
     model: str,
     w8a8: bool,
@@ -56,6 +66,7 @@ def quantize_command(
     strict: bool,
     verify: bool,
     output: Path | None,
+    as_json: bool,
 ) -> None:
     """Quantize MODEL into a new folder that loads like any other model.
 
@@ -107,8 +118,7 @@ def quantize_command(
         "seconds": round(time.monotonic() - started, 2),
         "peak_memory_bytes": peak_memory(),
     }
-    _report(checkpoint.location.name, results)
-    write_json(output, results)
+    report(results, lambda: _print(checkpoint.location.name, results), output, as_json)
 
 
 def peak_memory() -> int:
@@ -118,12 +128,14 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _report(name: str, results: dict) -> None:
+def _print(name: str, results: dict) -> None:
     before, after, folder = results["source_bytes"], results["bytes"], results["out"]
     click.echo(f"{name} -> {folder}  ({results['recipe']})")
     click.echo(f"  size         {size(before)} -> {size(after)}  ({before / after:.2f}x smaller)")
     click.echo(f"  time         {results['seconds']:.1f} s")
     click.echo(f"  peak memory  {size(results['peak_memory_bytes'])}")
+    if level() == QUIET:
+        return
     click.echo("next:")
     click.echo(f"  quamba eval {folder} --task lambada_openai --data bundled")
     click.echo(f'  quamba generate {folder} --prompt "Once upon a time"')

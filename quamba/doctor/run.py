@@ -50,7 +50,7 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 def tolerance(model: Any) -> tuple[float, str]:
     """What is allowed where a state is handed on, and what to say of it."""
-    blocks = model.backbone.layers if isinstance(model, QuambaLMHeadModel) else []
+    blocks: Any = model.backbone.layers if isinstance(model, QuambaLMHeadModel) else []
     if all(block.scales.specs["state"].is_float for block in blocks):
         return TOLERANCE, ""
     return INT8_STATE_TOLERANCE, " (its int8 state is rounded after every call)"

@@ -38,14 +38,23 @@ def task_folder() -> Path:
     return Path(spec.submodule_search_locations[0]) / "tasks"
 
 
+def catalogue(include: Path | None = None) -> Catalogue:
+    """lm-eval's own tasks, and those of the folder `include`, which win."""
+    ours = _scan(task_folder())
+    if include is None:
+        return ours
+    theirs = _scan(include.expanduser().resolve())
+    return Catalogue(ours.tasks | theirs.tasks, ours.collections | theirs.collections)
+
+
 @cache
-def catalogue() -> Catalogue:
+def _scan(folder: Path) -> Catalogue:
     """Scan the top-level `task`, `group`, `tag` and `include` keys of every task file.
 
     Files that name a list of tasks without a group, or nothing, are bases for others and not listed. Of two files with
     one task name the first in path order counts, as in lm-eval.
     """
-    paths = sorted(_yaml_files(task_folder()), key=Path.as_posix)
+    paths = sorted(_yaml_files(folder), key=Path.as_posix)
     files = {path: _keys(path) for path in paths}
     tasks: dict[str, Path] = {}
     collections: set[str] = set()

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import math
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from quamba.errors import DataError
-from quamba.evaluation.catalogue import catalogue, task_config, template_columns
+from quamba.evaluation.catalogue import Catalogue, catalogue
+from quamba.evaluation.kept import Answers
+from quamba.evaluation.local_data import BUNDLED, WHOLE, data_folder, write_task_file
+from quamba.evaluation.processes import ALONE, Processes
 from quamba.evaluation.text import Progress
+from quamba.evaluation.uncertainty import Metric, jackknife, mean_and_stderr, measured
 from quamba.schema import nearest
 
-BUNDLED = "bundled sample"
-_WHOLE = {"lambada_openai": 5153}  # rows of the data sets that a bundled sample is taken from
-
 MAX_LENGTH = 2048  # the field's convention for these models; a tokenizer's own limit may be anything
-
-
-@dataclass(frozen=True)
-class Metric:
-    value: float
-    stderr: float | None
 
 
 @dataclass(frozen=True)
@@ -42,69 +35,101 @@ class TaskResult:
     choices: tuple[tuple[float, ...], ...] = field(default=(), repr=False)
 
 
-def run_tasks(
+def run_tasks(model: Any, tokenizer: Any, tasks: Iterable[str], **options: Any) -> list[TaskResult]:
+    """Evaluate `tasks`; options and errors are those of `run_harness`."""
+    return run_harness(model, tokenizer, tasks, **options)[0]
+
+
+def run_harness(
     model: Any,
     tokenizer: Any,
     tasks: Iterable[str],
     *,
     limit: int | None = None,
     batch_size: int = 8,
+    max_length: int = MAX_LENGTH,
     data: str | Path | None = None,
+    include: Path | None = None,
     progress: Progress | None = None,
-) -> list[TaskResult]:
+    answers: Answers | None = None,
+    processes: Processes = ALONE,
+) -> tuple[list[TaskResult], dict[str, Any]]:
     """Evaluate `tasks` through lm-eval's `HFLM` and `simple_evaluate`, zero-shot unless a task says otherwise.
 
     data: None lets lm-eval fetch the data sets; a folder holds `<task>.jsonl` with the columns the task reads;
-    "bundled" is the sample shipped with quamba. limit: only the first so many rows. Raises DataError: unknown task,
-    missing file or column, no network.
+    "bundled" is the sample shipped with quamba. include: a folder of task files of one's own. limit: only the first so many
+    rows. max_length: tokens a request may have; longer ones lose their beginning, and rolling ones are cut into windows.
+    answers: what is known already, and where to keep the rest. Raises DataError: unknown task, missing file or column, no
+    network.
 
-    For lambada tasks `loglikelihood_per_word` is added, the mean log-likelihood of the target word in nats.
+    Returns the results, and what `simple_evaluate` returned; both empty in all but the first of several processes. For
+    lambada tasks `loglikelihood_per_word` is added, the mean log-likelihood of the target word in nats.
     """
     tasks = list(tasks)
-    for task in tasks:
-        if task not in catalogue().names:
-            raise DataError(f"lm-eval has no task {task!r}{_nearest_task(task, catalogue().names)}")
-        if task not in catalogue().tasks:
-            raise DataError(f"{task} is a group; name its tasks one by one")
+    known = catalogue(include)
+    check_tasks(tasks, known)
     label = "lm-eval's data set"
     with tempfile.TemporaryDirectory(prefix="quamba-eval-") as scratch:
-        here = Path(scratch)
+        here, folder = Path(scratch), None
         if data is not None:
-            folder, label = _folder(data)
+            folder, label = data_folder(data)
         for task in tasks:
-            _task_file(task, None if data is None else folder, here)
+            write_task_file(task, known, folder, here)
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
 
-        from quamba.evaluation.lm import language_model, offline_if_unreachable, quiet
+        from quamba.evaluation.lm import language_model
+        from quamba.evaluation.quiet import datasets_cache, offline_if_unreachable, quiet
 
-        # Only our files: an index of lm-eval's own, fourteen thousand, takes twenty seconds.
+        class Manager(TaskManager):
+            def load(self, *args: Any, **kwargs: Any) -> Any:
+                self.loaded = super().load(*args, **kwargs)
+                return self.loaded
+
         with (
             quiet(),
             offline_if_unreachable(data is None),
             _data_errors(tasks, offline=data is None),
-            _datasets_cache(here / "cache", data is not None),
+            datasets_cache(here / "cache", data is not None),
         ):
+            # Only our files: an index of lm-eval's own, fourteen thousand, takes twenty seconds.
+            manager = Manager(include_path=scratch, include_defaults=False)
             found = simple_evaluate(
-                model=language_model(model, tokenizer, batch_size, MAX_LENGTH, progress),
+                model=language_model(model, tokenizer, batch_size, max_length, progress, answers, processes),
                 tasks=tasks,
                 limit=limit,
-                task_manager=TaskManager(include_path=scratch, include_defaults=False),
+                task_manager=manager,
                 bootstrap_iters=0,
                 log_samples=True,
             )
-    assert found is not None
-    return [_result(task, _label(task, label, found), found) for task in tasks]
+    if found is None:  # another process reports
+        return [], {}
+    results = []
+    for task in tasks:
+        aggregations = manager.loaded["tasks"][task].aggregation()
+        results.append(_result(task, _label(task, label, found), found, aggregations))
+    return results, found
+
+
+def check_tasks(tasks: Iterable[str], known: Catalogue) -> None:
+    """Raises DataError for a name that is no task."""
+    for task in tasks:
+        if task in known.collections and task not in known.tasks:
+            raise DataError(f"{task} is a group; name its tasks one by one")
+        if task not in known.tasks:
+            hint = nearest(task, known.names)
+            hint = hint if "did you mean" in hint else ": `quamba lm-eval ls tasks` lists them"
+            raise DataError(f"lm-eval has no task {task!r}{hint}")
 
 
 def _label(task: str, label: str, found: dict[str, Any]) -> str:
-    if label != BUNDLED or task not in _WHOLE:
+    if label != BUNDLED or task not in WHOLE:
         return label
-    return f"{label}, {found['n-samples'][task]['original']} of {_WHOLE[task]:,} rows"
+    return f"{label}, {found['n-samples'][task]['original']} of {WHOLE[task]:,} rows"
 
 
-def _result(task: str, label: str, found: dict[str, Any]) -> TaskResult:
-    """lm-eval's values with standard errors from its per-row values: for a mean, the same formula as lm-eval's."""
+def _result(task: str, label: str, found: dict[str, Any], aggregations: dict[str, Callable]) -> TaskResult:
+    """lm-eval's values, with standard errors from its per-row values."""
     samples = sorted(found["samples"][task], key=lambda sample: sample["doc_id"])
     metrics: dict[str, Metric] = {}
     logliks: tuple[float, ...] = ()
@@ -112,122 +137,39 @@ def _result(task: str, label: str, found: dict[str, Any]) -> TaskResult:
         name, _, rule = key.partition(",")
         if not rule or name.endswith("_stderr") or not isinstance(value, int | float):
             continue
-        rows = [s[name] for s in samples if s["filter"] == rule and isinstance(s.get(name), int | float)]
-        error = None
-        if len(rows) > 1:
-            mean, spread = mean_and_stderr(rows)
-            if math.isclose(mean, value, rel_tol=1e-6, abs_tol=1e-9):
-                error = spread
-            elif name == "perplexity":  # of a task with one target a row: exp(-mean), so to first order
-                error = value * spread
-        metrics[name if rule == "none" else key] = Metric(float(value), error)
-        if name == "perplexity" and rows:
-            logliks = tuple(map(float, rows))
+        rows = [s for s in samples if s["filter"] == rule]
+        scores = [row[name] for row in rows if name in row]
+        metric = _metric(float(value), scores, aggregations.get(name))
+        if len(scores) < len(rows):  # rows of two models could not be matched
+            metric = Metric(metric.value, metric.stderr, metric.kind)
+        metrics[name if rule == "none" else key] = metric
+        if name == "perplexity" and metric.kind == "perplexity":
+            logliks = tuple(map(float, scores))
     if logliks:
-        metrics["loglikelihood_per_word"] = Metric(*mean_and_stderr(logliks))
+        metrics["loglikelihood_per_word"] = measured(mean_and_stderr(logliks)[0], "mean", logliks)
     choices: tuple[tuple[float, ...], ...] = ()
     if found["configs"][task]["output_type"] == "multiple_choice":
         choices = tuple(tuple(float(answer[0]) for answer in sample["filtered_resps"]) for sample in samples)
     return TaskResult(task, label, found["n-samples"][task]["effective"], metrics, logliks, choices)
 
 
-def mean_and_stderr(values: Iterable[float]) -> tuple[float, float]:
-    """Mean, and its standard error with the n - 1 correction (0 for one value)."""
-    values = list(values)
-    mean = math.fsum(values) / len(values)
-    if len(values) == 1:
-        return mean, 0.0
-    variance = math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)
-    return mean, math.sqrt(variance / len(values))
+def _metric(value: float, scores: list[Any], aggregate: Callable | None) -> Metric:
+    """A metric of these rows' scores under lm-eval's aggregation."""
+    from lm_eval.api import metrics as lm
 
-
-def _nearest_task(task: str, names: list[str]) -> str:
-    hint = nearest(task, names)
-    return hint if "did you mean" in hint else ": `lm-eval ls tasks` lists them"
-
-
-def _folder(data: str | Path) -> tuple[Path, str]:
-    from quamba import bundled
-
-    if str(data) == "bundled":
-        return bundled.evaluation_dir(), BUNDLED
-    folder = Path(data).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"--data {data} is no folder; it should hold <task>.jsonl (or say --data bundled)")
-    return folder, folder.resolve().name
-
-
-def _task_file(task: str, folder: Path | None, scratch: Path) -> None:
-    """Write a task file that includes lm-eval's own, and reads `<task>.jsonl` instead of the hub if there is a folder.
-
-    The rows go to the split that the task evaluates. Few-shot examples come from `<task>.<split>.jsonl`.
-    """
-    path = catalogue().tasks[task]
-    lines: dict[str, Any] = {"include": str(path), "task": task}
-    if folder is not None:
-        config = task_config(path)
-        if "class" in config:
-            raise DataError(f"{task} fetches its data itself: --data can't serve it")
-        split = config.get("test_split") or config.get("validation_split") or "test"
-        files = {split: _checked(folder, f"{task}.jsonl", config)}
-        lines |= {"dataset_path": "json", "dataset_name": None, "training_split": None, "validation_split": None}
-        lines |= {"test_split": split, "fewshot_split": None}
-        fewshot = dict(config.get("fewshot_config") or {})
-        source = fewshot.pop("split", None) or config.get("fewshot_split") or config.get("training_split")
-        lines["fewshot_config"] = None
-        if (config.get("num_fewshot") or 0) > 0 and "samples" in fewshot:
-            del lines["fewshot_config"]
-        elif (config.get("num_fewshot") or 0) > 0 and source:
-            lines["fewshot_split"] = source
-            if source != split:
-                files[source] = _checked(folder, f"{task}.{source}.jsonl", config)
-        cache = str(scratch / "cache")
-        lines["dataset_kwargs"] = {"data_files": {k: str(v) for k, v in files.items()}, "cache_dir": cache}
-    # JSON is YAML.
-    (scratch / f"{task}.yaml").write_text(json.dumps(lines), encoding="utf-8")
-
-
-def _checked(folder: Path, name: str, config: dict[str, Any]) -> Path:
-    """The file, with a JSON object a line that has the columns the task's templates name; else DataError."""
-    file = (folder / name).resolve()
-    if not file.is_file():
-        have = ", ".join(sorted(p.name for p in folder.glob("*.jsonl"))) or "no .jsonl file"
-        raise DataError(f"{folder} has no {name}; it has {have}")
-    columns = template_columns(config)
-    rows = 0
+    kinds = {lm.mean: "mean", lm.perplexity: "perplexity", lm.weighted_perplexity: "weighted", lm.bits_per_byte: "bits"}
+    kind = kinds.get(aggregate) if aggregate is not None else "mean"
+    if kind is not None:
+        return measured(value, kind, [_plain(score) for score in scores])
+    assert aggregate is not None
     try:
-        with file.open(encoding="utf-8") as stream:
-            for number, line in enumerate(stream, 1):
-                if not line.strip():
-                    continue
-                row, rows = json.loads(line), rows + 1
-                if not isinstance(row, dict):
-                    raise DataError(f"{file}, line {number}, is not a JSON object")
-                if missing := sorted(columns - row.keys()):
-                    raise DataError(f"{file}, line {number}, lacks {', '.join(missing)} (it has {', '.join(row)})")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file} is not a JSON object a line: {error}") from error
-    if not rows:
-        raise DataError(f"{file} is empty")
-    return file
+        return measured(value, "groups", jackknife(aggregate, scores)) if len(scores) > 1 else Metric(value, None)
+    except Exception:  # a task's own aggregation need not bear fewer rows than all
+        return Metric(value, None)
 
 
-@contextmanager
-def _datasets_cache(folder: Path, local: bool) -> Iterator[None]:
-    """A local file's rows are cached in `folder`, not in the user's home."""
-    if not local:
-        yield
-        return
-    import datasets
-
-    before = datasets.config.HF_DATASETS_CACHE
-    datasets.config.HF_DATASETS_CACHE = folder
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.config.HF_DATASETS_CACHE = before
-        datasets.enable_progress_bars()
+def _plain(score: Any) -> Any:
+    return tuple(map(float, score)) if isinstance(score, tuple | list) else float(score)
 
 
 @contextmanager

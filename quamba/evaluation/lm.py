@@ -1,53 +1,72 @@
-"""lm-eval's own `HFLM`, with our progress, float32 scores and checks. Slow to import: only where it is used."""
+"""lm-eval's own `HFLM`, with our progress, float32 scores and checks, and answers that outlive a killed run.
+
+Slow to import: only where it is used.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
-import datasets
-import huggingface_hub.constants
-import lm_eval.api.task
-import lm_eval.evaluator
-from huggingface_hub import get_session
+from lm_eval.api.model import hash_args
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
-from tqdm import tqdm
 
+from quamba.evaluation.kept import Answers
+from quamba.evaluation.processes import ALONE, Processes
+from quamba.evaluation.quiet import replaced
 from quamba.evaluation.text import Progress, check_ids, finite
 
-_LOGGERS = ("lm_eval", "lm-eval", "datasets", "huggingface_hub", "transformers")
 
-
-class _Counter:
+class _Hook:
     """In the place of lm-eval's response cache, which is told of every answer."""
 
-    def __init__(self, progress: Progress):
-        self.progress, self.done, self.total = progress, 0, 0
+    def __init__(self, answers: Answers, progress: Progress | None):
+        self.answers, self.progress = answers, progress
+        self.done = self.total = 0
 
     def add_partial(self, kind: str, request: Any, answer: Any) -> None:
-        self.done += 1
-        self.progress(self.done, max(self.total, self.done), "requests")
+        if not _sampled(request):
+            self.answers.put(hash_args(kind, request), answer)
+        self.advance(1)
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        if self.progress is not None and count:
+            self.progress(self.done, max(self.total, self.done), "requests")
 
 
 class _Model(HFLM):
-    def _count(self, requests: list[Any]) -> list[Any]:
-        if isinstance(self.cache_hook, _Counter):
-            self.cache_hook.done, self.cache_hook.total = 0, len(requests)
-        return requests
+    cache_hook: Any
 
     def loglikelihood(self, requests, disable_tqdm=True):
-        return super().loglikelihood(self._count(requests), disable_tqdm=True)
+        return self._answer("loglikelihood", requests, super().loglikelihood)
 
     def loglikelihood_rolling(self, requests, disable_tqdm=True):
-        return super().loglikelihood_rolling(self._count(requests), disable_tqdm=True)
+        return self._answer("loglikelihood_rolling", requests, self._roll)
 
     def generate_until(self, requests, disable_tqdm=True):
-        return super().generate_until(self._count(requests), disable_tqdm=True)
+        return self._answer("generate_until", requests, super().generate_until)
+
+    def _answer(self, kind: str, requests: list[Any], ask: Callable[..., list[Any]]) -> list[Any]:
+        """What an interrupted run has answered is taken from there."""
+        hook = self.cache_hook
+        known = [None if _sampled(r.args) else hook.answers.get(hash_args(kind, r.args)) for r in requests]
+        left = [request for request, answer in zip(requests, known, strict=True) if answer is None]
+        hook.done, hook.total = 0, len(requests)
+        hook.advance(len(requests) - len(left))
+        new = iter(ask(left, disable_tqdm=True) if left else [])
+        answers = [next(new) if answer is None else answer for answer in known]
+        return [tuple(answer) if isinstance(answer, list) else answer for answer in answers]
+
+    def _roll(self, requests: list[Any], disable_tqdm: bool) -> list[float]:
+        """Some documents at a time, because HFLM tells the hook of none before the last; and each process by itself: HFLM
+        would have them meet after every call."""
+        found: list[float] = []
+        with replaced(self, "_world_size", 1):
+            for start in range(0, len(requests), self.batch_size):
+                found += super().loglikelihood_rolling(requests[start : start + self.batch_size], disable_tqdm)
+        return found
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=True, override_bs=None):
         return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
@@ -57,7 +76,20 @@ class _Model(HFLM):
         return finite(super()._model_call(inps, **kwargs), self.model)
 
 
-def language_model(model: Any, tokenizer: Any, batch_size: int, max_length: int, progress: Progress | None) -> HFLM:
+def _sampled(request: Any) -> bool:
+    """A sampled text is not the only answer: lm-eval may ask for several."""
+    return len(request) > 1 and isinstance(request[1], dict) and bool(request[1].get("do_sample"))
+
+
+def language_model(
+    model: Any,
+    tokenizer: Any,
+    batch_size: int,
+    max_length: int,
+    progress: Progress | None = None,
+    answers: Answers | None = None,
+    processes: Processes = ALONE,
+) -> HFLM:
     """`HFLM` around a model object. Its log-softmax runs in float32 whatever the model's dtype."""
     found = _Model(
         pretrained=model,
@@ -67,51 +99,8 @@ def language_model(model: Any, tokenizer: Any, batch_size: int, max_length: int,
         max_length=max_length,
         softmax_dtype="float32",
     )
-    if progress is not None:
-        found.cache_hook = _Counter(progress)
+    found.cache_hook = _Hook(Answers() if answers is None else answers, progress)
+    if processes.count > 1:
+        found.accelerator = processes.accelerator
+        found._rank, found._world_size = processes.rank, processes.count
     return found
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Errors only from lm-eval and datasets, no bars of theirs, no listing of the machine's packages (seconds), and no
-    question to git about the current folder (which complains on stderr where there is no repository)."""
-    with contextlib.ExitStack() as stack:
-        for name in _LOGGERS:
-            logger = logging.getLogger(name)
-            stack.callback(logger.setLevel, logger.level)
-            logger.setLevel(logging.ERROR)
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
-        stack.enter_context(_replaced(lm_eval.api.task, "tqdm", partial(tqdm, disable=True)))
-        stack.enter_context(_replaced(lm_eval.evaluator, "add_env_info", lambda results: None))
-        stack.enter_context(_replaced(lm_eval.evaluator, "get_git_commit_hash", lambda: None))
-        yield
-
-
-@contextlib.contextmanager
-def offline_if_unreachable(asked: bool) -> Iterator[None]:
-    """Without a hub, use its local cache at once instead of retrying for half a minute."""
-    with contextlib.ExitStack() as stack:
-        if asked and not huggingface_hub.constants.HF_HUB_OFFLINE and not _reachable():
-            stack.enter_context(_replaced(huggingface_hub.constants, "HF_HUB_OFFLINE", True))
-            stack.enter_context(_replaced(datasets.config, "HF_HUB_OFFLINE", True))
-        yield
-
-
-def _reachable() -> bool:
-    try:
-        get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
-    except Exception:  # which client library raises depends on huggingface_hub's version; any failure means no
-        return False
-    return True

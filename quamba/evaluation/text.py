@@ -8,16 +8,21 @@ windows give T - W scored tokens.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from quamba.errors import DataError, QuambaError
+from quamba.evaluation.kept import Answers
+from quamba.evaluation.processes import ALONE, Processes
+
+T = TypeVar("T")
 
 CONTEXT = 1024
 """Tokens a window, unless the caller says otherwise."""
@@ -106,7 +111,8 @@ def batches(ids: Tensor, context: int, batch_size: int) -> Iterator[Tensor]:
     if context < 2:
         raise ValueError(f"a window has two tokens or more, not {context}")
     whole = len(ids) // context * context
-    yield from ids[:whole].view(-1, context).split(batch_size)
+    if whole:
+        yield from ids[:whole].view(-1, context).split(batch_size)
     if len(ids) - whole >= 2:
         yield ids[None, whole:]
 
@@ -149,25 +155,62 @@ def score_text(
     context: int = CONTEXT,
     batch_size: int | None = None,
     progress: Progress | None = None,
+    answers: Answers | None = None,
+    processes: Processes = ALONE,
 ) -> TextScore:
     """Score ids `[T]`, T >= 2, by the rule at the top of this file.
 
     Only windows of equal length share a batch, so nothing is padded; batch_size None chooses one that bounds memory.
-    Log-probabilities are computed in float32 and summed in float64. Raises DataError for ids
-    outside the model's vocabulary, QuambaError for NaN or infinite scores.
+    Log-probabilities are computed in float32 and summed in float64. answers, processes: as in `each_batch`. Raises DataError
+    for ids outside the model's vocabulary, QuambaError for NaN or infinite scores.
     """
     check_ids(ids, model.config.vocab_size)
-    nll_sum = squares = 0.0
-    done, total = 0, scored_tokens(len(ids), context)
-    for batch in batches(ids.to(model.device), context, batch_size_for(model, context, batch_size)):
+
+    def score(batch: Tensor) -> list[float]:
+        batch = batch.to(model.device)
         logits = model(input_ids=batch).logits
+        sums = [0.0, 0.0]
         for row, positions in chunks(logits):
             logp = logits[row, positions].float().log_softmax(-1)
             nll = -logp.gather(1, batch[row, following(positions), None])
             nll = finite(nll, model).cpu().double()
-            nll_sum += float(nll.sum())
-            squares += float(nll.square().sum())
-        done += batch.shape[0] * (batch.shape[1] - 1)
+            sums = [sums[0] + float(nll.sum()), sums[1] + float(nll.square().sum())]
+        return sums
+
+    size = batch_size_for(model, context, batch_size)
+    sums = each_batch(score, "perplexity", ids, context, size, progress, answers, processes)
+    nll_sum, squares = (math.fsum(column) for column in zip(*sums, strict=True))
+    return TextScore(nll_sum, scored_tokens(len(ids), context), squares)
+
+
+def each_batch(
+    work: Callable[[Tensor], T],
+    title: str,
+    ids: Tensor,
+    context: int,
+    size: int,
+    progress: Progress | None = None,
+    answers: Answers | None = None,
+    processes: Processes = ALONE,
+) -> list[T]:
+    """`work(batch)`, plain JSON, of every batch of windows in order.
+
+    The processes share the batches and all get all of them. What `answers` has is not worked out again.
+    """
+    parts = list(batches(ids, context, size))
+    mine = range(processes.rank, len(parts), processes.count)
+    tokens = [part.shape[0] * (part.shape[1] - 1) for part in parts]
+    done, total = 0, sum(tokens[i] for i in mine)
+    answers = Answers() if answers is None else answers
+    found: dict[int, T] = {}
+    for i in mine:
+        key = f"{title}/{context}/{hashlib.sha256(parts[i].cpu().numpy().tobytes()).hexdigest()}"
+        known = answers.get(key)
+        found[i] = work(parts[i]) if known is None else known
+        if known is None:
+            answers.put(key, found[i])
+        done += tokens[i]
         if progress is not None:
-            progress(done, total, f"perplexity: {done}/{total} tokens")
-    return TextScore(nll_sum, total, squares)
+            progress(done, total, f"{title}: {done}/{total} tokens")
+    merged = processes.merge(found)
+    return [merged[i] for i in range(len(parts))]

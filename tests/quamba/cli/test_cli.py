@@ -339,7 +339,7 @@ def test_sampling_takes_no_top_k_that_was_not_asked_for(monkeypatch):
         return ids
 
     monkeypatch.setattr("quamba.model.QuambaLMHeadModel.generate", generate)
-    monkeypatch.setattr("quamba.cli.generate.time.monotonic", iter(range(9)).__next__)
+    monkeypatch.setattr("quamba.writing.time.monotonic", iter(range(9)).__next__)
     CliRunner().invoke(
         main, ["generate", "mamba1-nano", "--prompt", "x", "--temperature", "0.5"], catch_exceptions=False
     )
