@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from quamba.cli.common import report, results_options
 from quamba.errors import CheckpointError, DataError
 
 
@@ -18,14 +19,15 @@ from quamba.errors import CheckpointError, DataError
     metavar="FILE",
     help="Put these measurements in: what `quamba eval --output FILE` has written.",
 )
-def card_command(folder: Path, results: Path | None) -> None:
+@results_options
+def card_command(folder: Path, results: Path | None, output: Path | None, as_json: bool) -> None:
     """Show the model card of FOLDER, a quantized model, and put measurements into it.
 
     \b
     quamba eval mamba1-nano-w8a8 --against mamba1-nano --perplexity wikitext --output results.json
     quamba card mamba1-nano-w8a8 --results results.json
     """
-    from quamba.evaluation.card import model_index, results_table
+    from quamba.evaluation.card import for_card
     from quamba.formats import is_artifact
     from quamba.formats.card import Card
 
@@ -37,6 +39,6 @@ def card_command(folder: Path, results: Path | None) -> None:
             data = json.loads(results.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise DataError(f"can't read {results}: {error}") from error
-        card = card.with_results(results_table(data), model_index(data))
+        card = card.with_results(*for_card(data, folder.resolve().name))
         card.write(folder)
-    click.echo(str(card))
+    report({"metadata": card.front, "text": card.text}, lambda: click.echo(str(card)), output, as_json)

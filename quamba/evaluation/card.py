@@ -8,28 +8,49 @@ from typing import Any
 from quamba.errors import DataError
 
 _DIVERGENCE = {
-    "mean_kl": "KL to {}, mean, nats a token",
-    "p999_kl": "KL to {}, 99.9th percentile",
-    "top1_agreement": "same top token as {}",
+    ("mean_kl", "mean_kl_stderr"): "KL to {}, mean, nats a token",
+    ("p999_kl", "p999_kl_stderr"): "KL to {}, 99.9th percentile",
+    ("top1_agreement", "top1_stderr"): "same top token as {}",
 }
 
 
-def results_table(results: dict[str, Any]) -> str:
-    """A Markdown table: a line a metric, the first model beside the second. Raises DataError for other JSON."""
+def for_card(results: dict[str, Any], name: str) -> tuple[str, list[dict[str, Any]]]:
+    """Table and index of the model called `name`, or of the only one that isn't the reference, beside the reference.
+
+    Raises DataError for other JSON, and for the measurements of other models.
+    """
     try:
-        models = results["models"]
-        names = [model["name"] for model in models]
-        lines = _text_lines(models) + _divergence_lines(results, names) + _task_lines(models)
+        models, reference = {model["name"]: model for model in results["models"]}, results.get("reference")
+        others = [model for model in models if model != reference]
+        chosen = name if name in others else others[0] if len(others) == 1 else None
+        if chosen is None:
+            raise DataError(f"these results are of {', '.join(others) or 'nothing'}, not of {name}")
+        beside = [models[reference]] if reference is not None else []
+        return _table(models[chosen], beside), _index(models[chosen])
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise DataError(f"these are no results of `quamba eval --output`: {type(error).__name__} {error}") from error
-    head = ["", *names]
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def model_index(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """The first model's measurements in the form of the hub's metadata."""
-    model = results["models"][0]
+def _table(model: dict[str, Any], beside: list[dict[str, Any]]) -> str:
+    """A line a metric, the model's value before the reference's."""
+    both = [model, *beside]
+    lines = [["", *(m["name"] for m in both)], ["---"] * (1 + len(both))]
+    for text in model["texts"]:
+        scores = [m["texts"][text] for m in both]
+        lines.append([f"{text}: perplexity", *(_number(s["perplexity"], s["perplexity_stderr"]) for s in scores)])
+        for (key, error), said in _DIVERGENCE.items() if beside else ():
+            value = _number(scores[0]["divergence"][key], scores[0]["divergence"][error])
+            lines.append([f"{text}: {said.format(beside[0]['name'])}", value, ""])
+    for i, task in enumerate(model["tasks"]):
+        for metric in task["metrics"]:
+            values = [m["tasks"][i]["metrics"][metric] for m in both]
+            title = f"{task['task']} ({task['data']}, {task['samples']} rows): {metric}"
+            lines.append([title, *(_number(value["value"], value["stderr"]) for value in values)])
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _index(model: dict[str, Any]) -> list[dict[str, Any]]:
+    """The model's measurements in the form of the hub's metadata."""
     found = [
         _entry(f"{task['task']} ({task['data']}, {task['samples']} rows)", task["task"], name, metric["value"])
         for task in model["tasks"]
@@ -50,32 +71,6 @@ def _entry(dataset: str, kind: str, metric: str, value: float) -> dict[str, Any]
         "dataset": {"name": dataset, "type": kind},
         "metrics": [{"type": metric, "value": value}],
     }
-
-
-def _text_lines(models: list[dict[str, Any]]) -> list[list[str]]:
-    return [
-        [f"{text}: perplexity", *(_number(m["texts"][text]["perplexity"]) for m in models)]
-        for text in models[0]["texts"]
-    ]
-
-
-def _divergence_lines(results: dict[str, Any], names: list[str]) -> list[list[str]]:
-    lines = []
-    for text, values in (results.get("divergence") or {}).items():
-        for key, said in _DIVERGENCE.items():
-            if key in values:
-                lines.append([f"{text}: {said.format(names[-1])}", _number(values[key]), *[""] * (len(names) - 1)])
-    return lines
-
-
-def _task_lines(models: list[dict[str, Any]]) -> list[list[str]]:
-    lines = []
-    for i, task in enumerate(models[0]["tasks"]):
-        for metric in task["metrics"]:
-            values = [model["tasks"][i]["metrics"][metric] for model in models]
-            cells = [_number(value["value"], value["stderr"]) for value in values]
-            lines.append([f"{task['task']} ({task['data']}, {task['samples']} rows): {metric}", *cells])
-    return lines
 
 
 def _number(value: float | None, error: float | None = None) -> str:

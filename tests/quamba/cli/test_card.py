@@ -12,44 +12,28 @@ from huggingface_hub import ModelCard
 from quamba.cli import main
 from quamba.formats.card import Card
 
+ACCURACY = {"task": "lambada_openai", "data": "bundled sample", "samples": 500}
+
+
+def measured(name, perplexity, acc, divergence=None):
+    text = {"perplexity": perplexity, "perplexity_stderr": 0.4, "nll": 3.4, "nll_stderr": None}
+    metrics = {"acc": {"value": acc, "stderr": 0.01}, "perplexity": {"value": None, "stderr": None}}
+    text |= {"divergence": divergence} if divergence else {}
+    return {"name": name, "texts": {"wikitext": text}, "tasks": [ACCURACY | {"metrics": metrics}]}
+
+
+KL = {"mean_kl": 0.00075, "mean_kl_stderr": 0.00001, "p999_kl": 0.012, "p999_kl_stderr": None}
+KL |= {"top1_agreement": 0.98, "top1_stderr": 0.001}
 RESULTS = {
-    "models": [
-        {
-            "name": "tiny-w8a8",
-            "texts": {"wikitext": {"perplexity": 31.354, "perplexity_stderr": 0.4, "nll": 3.4, "nll_stderr": None}},
-            "tasks": [
-                {
-                    "task": "lambada_openai",
-                    "data": "bundled sample",
-                    "samples": 500,
-                    "metrics": {
-                        "acc": {"value": 0.1234, "stderr": 0.01},
-                        "perplexity": {"value": None, "stderr": None},
-                    },
-                }
-            ],
-        },
-        {
-            "name": "tiny",
-            "texts": {"wikitext": {"perplexity": 31.33, "perplexity_stderr": 0.4, "nll": 3.4, "nll_stderr": None}},
-            "tasks": [
-                {
-                    "task": "lambada_openai",
-                    "data": "bundled sample",
-                    "samples": 500,
-                    "metrics": {"acc": {"value": 0.125, "stderr": 0.01}, "perplexity": {"value": None, "stderr": None}},
-                }
-            ],
-        },
-    ],
-    "divergence": {"wikitext": {"mean_kl": 0.00075, "p999_kl": 0.012, "top1_agreement": 0.98}},
+    "models": [measured("tiny-w8a8", 31.354, 0.1234, KL), measured("tiny", 31.33, 0.125)],
+    "reference": "tiny",
 }
 TABLE = """|  | tiny-w8a8 | tiny |
 | --- | --- | --- |
-| wikitext: perplexity | 31.35 | 31.33 |
-| wikitext: KL to tiny, mean, nats a token | 0.0007500 |  |
+| wikitext: perplexity | 31.35 ± 0.40 | 31.33 ± 0.40 |
+| wikitext: KL to tiny, mean, nats a token | 0.0007500 ± 0.0000100 |  |
 | wikitext: KL to tiny, 99.9th percentile | 0.01200 |  |
-| wikitext: same top token as tiny | 0.9800 |  |
+| wikitext: same top token as tiny | 0.9800 ± 0.0010 |  |
 | lambada_openai (bundled sample, 500 rows): acc | 0.1234 ± 0.0100 | 0.1250 ± 0.0100 |
 | lambada_openai (bundled sample, 500 rows): perplexity |  |  |"""
 
@@ -82,15 +66,29 @@ def test_measurements_go_in_and_are_replaced(copy, tmp_path):
     assert text.count("## Measured") == 1 and "## Licence" in text
 
 
-def test_what_eval_writes_is_what_card_reads(copy, tmp_path, monkeypatch):
+def test_what_eval_writes_is_what_card_reads(copy, tmp_path, monkeypatch, tiny_folder):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "words.txt").write_text("It was the best of times, it was the worst of times. " * 20)
-    done = call("eval", copy, "--perplexity", "words.txt", "--context", "32", "--output", "results.json")
-    if done.exit_code != 0:  # the shared artifact has no tokenizer in some layouts
-        pytest.skip(done.output)
+    shutil.copytree(tiny_folder, "float")
+    options = ["--perplexity", "words.txt", "--context", "32", "--tokenizer", "mamba1-nano", "--output", "results.json"]
+    done = call("eval", copy, "--against", "float", *options)
+    assert done.exit_code == 0, done.output
     done = call("card", copy, "--results", "results.json")
     assert done.exit_code == 0, done.output
-    assert "| words.txt: perplexity | " in (copy / "README.md").read_text()
+    text = (copy / "README.md").read_text()
+    assert "|  | copy | float |" in text and "| words.txt: perplexity | " in text and "same top token as float" in text
+
+
+def test_of_several_models_the_one_with_the_folders_name(copy, tmp_path):
+    models = [measured("other", 99.0, 0.5, KL), measured("copy", 31.0, 0.25, KL), measured("tiny", 31.33, 0.125)]
+    (tmp_path / "results.json").write_text(json.dumps({"models": models, "reference": "tiny"}))
+    assert call("card", copy, "--results", tmp_path / "results.json").exit_code == 0
+    card = ModelCard.load(copy / "README.md")
+    assert {r.metric_value for r in card.data.eval_results} == {31.0, 0.25}
+    assert "|  | copy | tiny |" in card.text and "99.0" not in card.text
+    copy.rename(tmp_path / "third")
+    done = call("card", tmp_path / "third", "--results", tmp_path / "results.json")
+    assert done.exit_code == 1 and "are of other, copy, not of third" in done.output
 
 
 @pytest.mark.parametrize("data", ["{}", "[]", '{"models": []}', '{"models": [{"name": "x"}]}', "{"])

@@ -173,6 +173,9 @@ def test_what_makes_no_sense_is_refused(words, why):
 
 
 def test_a_mistyped_task_is_refused_before_any_model_is_loaded(monkeypatch):
-    monkeypatch.setattr("quamba.model.QuambaLMHeadModel.from_pretrained", None)
+    def load(*args, **options):
+        raise AssertionError("a model is loaded")
+
+    monkeypatch.setattr("quamba.model.QuambaLMHeadModel.from_pretrained", load)
     result = run("mamba1-nano", "--task", "lambada_opnai", "--data", "bundled")
     assert result.exit_code == 1 and "did you mean 'lambada_openai'" in result.stderr

@@ -33,6 +33,7 @@ RUNS = {
     "quantize": ["float", "--w8a8", "-o", "new", "--calibration", "text.txt", *QUICK],
     "eval": ["small", "--perplexity", "text.txt", "--tokenizer", "mamba1-nano"],
     "generate": ["small", "--prompt", "Once", "--max-new-tokens", "2", "--tokenizer", "mamba1-nano"],
+    "card": ["small"],
     "convert": ["float", "new"],
     "doctor": ["small", "--no-run"],
     "inspect": ["small"],
