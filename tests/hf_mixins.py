@@ -29,7 +29,19 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "hf_tests"
 
-KNOWN: dict[str, str] = {}
+_VOCABULARY = "the vocabulary of a quantized model stays as it is: resize the float model, then quantize that"
+KNOWN: dict[str, str] = {
+    "test_cannot_load_with_meta_device_context_manager": "weights go where `device` says, whatever torch's default device",
+    "test_from_pretrained_no_checkpoint": "a `state_dict` argument is refused, with the way out",
+    "test_generation_tester_mixin_inheritance": "the generation mixin is not in the source distribution; see below",
+    "test_load_save_without_tied_weights": "it opens model.safetensors; an artifact has a shard for every block",
+    "test_model_get_set_embeddings": "the embedding is a class of ours, which also holds integers",
+    "test_model_weights_reload_no_missing_tied_weights": "it adds a model.safetensors that the index doesn't name, to replace "
+    "the weights; the index decides",
+    "test_resize_embeddings_untied": _VOCABULARY,
+    "test_resize_tokens_embeddings": _VOCABULARY,
+    "test_retain_grad_hidden_states_attentions": "models take no gradients",
+}
 """Name of a test, with wildcards -> why it fails on our classes."""
 
 
@@ -130,7 +142,7 @@ def case_class(name: str, tester: Tester, mixin: type) -> type[unittest.TestCase
 
 
 def fill_integers() -> None:
-    """A model made from a quantized config has integer weights that are all zero: make them random, for these tests."""
+    """A model made from a quantized config has no weights to start with: make some up, for these tests."""
     import torch
 
     from quamba import QuambaLMHeadModel
@@ -140,11 +152,17 @@ def fill_integers() -> None:
     @torch.no_grad()
     def filled(self: Any, module: torch.nn.Module) -> None:
         plain(self, module)
+        if self.config.plan.is_float:
+            return
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.dtype == torch.int8:
                 parameter.copy_(torch.randint(-127, 128, parameter.shape))
             elif name.endswith("_scale"):
                 parameter.fill_(1e-3)
+            elif name in ("A_log", "D", "dt_bias"):
+                parameter.fill_(0.5)
+        for name, buffer in module.named_buffers(recurse=False):
+            buffer.fill_(0 if name.endswith("_group") else 1)
 
     QuambaLMHeadModel._init_weights = filled  # type: ignore[method-assign]
 
