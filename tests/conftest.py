@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.background import background, pytest_collection_finish, pytest_sessionfinish  # noqa: F401
+from tests.forks import forks  # noqa: F401
 
 torch.set_num_threads(2)
 

@@ -4,8 +4,6 @@ import copy
 import importlib.metadata
 import pickle
 import re
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -61,12 +59,12 @@ def test_copies_compute_the_same(folder):
         "from quamba.inplace.quantizer import QuambaHfQuantizer; from transformers import AutoModelForCausalLM",
     ],
 )
-def test_any_order_of_imports(folder, imports):
+def test_any_order_of_imports(folder, forks, imports):
     script = f"{imports}; print(type(AutoModelForCausalLM.from_pretrained({str(folder)!r})).__name__)\n"
     script += (
         "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING; assert 'quamba' in AUTO_QUANTIZER_MAPPING"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    done = forks.run("-c", script)
     assert (done.stdout.strip(), done.returncode) == ("QuambaLMHeadModel", 0), done.stderr
 
 
@@ -99,9 +97,9 @@ check()
 """
 
 
-def test_registered_once_whatever_is_imported_again(folder):
+def test_registered_once_whatever_is_imported_again(folder, forks):
     script = REIMPORT.format(folder=str(folder))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    done = forks.run("-c", script)
     assert done.returncode == 0, done.stderr
 
 

@@ -1,6 +1,6 @@
 """Models by hub id and short name, from a hub on this machine; and what is said when there is none.
 
-In subprocesses, because huggingface_hub reads its endpoint when it is imported.
+In processes of their own, because huggingface_hub reads its endpoint when it is imported.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import os
 import re
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -36,7 +35,7 @@ def repositories(tmp_path_factory):
 
 
 @pytest.fixture
-def quamba(tmp_path):
+def quamba(tmp_path, forks):
     """Run the command line in an empty folder: `quamba(endpoint, "quantize", ...)`."""
     work = tmp_path / "work"
     work.mkdir()
@@ -45,10 +44,7 @@ def quamba(tmp_path):
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
         environment |= {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
         environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "NO_PROXY": "127.0.0.1"}
-        command = [sys.executable, "-m", "quamba", *arguments]
-        return subprocess.run(
-            command, cwd=work, env=environment | more, capture_output=True, text=True, timeout=120, check=False
-        )
+        return forks.run("-m", "quamba", *arguments, cwd=work, env=environment | more)
 
     call.work = work
     return call

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import socket
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -40,17 +38,6 @@ def artifact(base, tmp_path_factory):
     return out
 
 
-def python(endpoint, home, script):
-    return subprocess.run(
-        [sys.executable, "-c", script],
-        env=hub_environment(endpoint, home),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
 UPLOAD = """
 import quamba, torch, pathlib
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
@@ -76,12 +63,13 @@ small.save_pretrained({folder!r}, push_to_hub=True, repo_id="me/small", token="s
 """
 
 
-def test_upload_and_download(artifact, tmp_path):
+def test_upload_and_download(artifact, tmp_path, forks):
     repositories, requests = {}, []
     (tmp_path / "hub").mkdir()
     with stub_hub(repositories, requests, uploads=tmp_path / "hub", token="secret") as endpoint:
         folder = str(tmp_path / "small")
-        done = python(endpoint, tmp_path / "home", UPLOAD.format(artifact=str(artifact), folder=folder))
+        script = UPLOAD.format(artifact=str(artifact), folder=folder)
+        done = forks.run("-c", script, env=hub_environment(endpoint, tmp_path / "home"))
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith(f"{endpoint}/me/tiny-w8a8/commit/")
     assert set(repositories) == {"me/tiny-w8a8", "me/small"}

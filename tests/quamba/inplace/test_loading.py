@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -232,10 +230,10 @@ print(sum(type(m).__name__ == "InPlaceLinear" for m in model.modules()))
     ],
     ids=["without Auto classes", "without quamba"],
 )
-def test_loading_in_another_process(folders, tmp_path, imports, model, found):
+def test_loading_in_another_process(folders, tmp_path, forks, imports, model, found):
     load(folders["mamba"]).save_pretrained(tmp_path)
     script = PROBE.format(imports=imports, model=model, folder=str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    done = forks.run("-c", script)
     assert done.stdout.strip() == found, done.stderr
     # Without quamba transformers loads the codes as if they were weights: all it does is to say so.
     assert ("Unknown quantization type, got quamba" in done.stderr) == (found == "0")
