@@ -168,7 +168,7 @@ def attempt(file: Path) -> str:
         limit = pages * resource.getpagesize() + 300_000_000
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(5)
+        signal.alarm(30)
         try:
             said = f"read: {list(load_bin(file))}"
         except CheckpointError as error:
