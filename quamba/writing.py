@@ -86,9 +86,10 @@ class Writer:
         streamer: a transformers streamer; none with beams, which are known at the end. An interrupt forgets the state.
         """
         options = dict(self.options)
-        if options.get("num_beams", 1) == 1:
-            options |= {"streamer": streamer, "past_key_values": self._prepared(ids)}
-        state, self._state = options.get("past_key_values"), None
+        old, self._state = self._state, None
+        state = self._prepared(ids, old) if options.get("num_beams", 1) == 1 else None
+        if state is not None:
+            options |= {"streamer": streamer, "past_key_values": state}
         started = time.monotonic()
         out = self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         seconds = time.monotonic() - started
@@ -99,13 +100,12 @@ class Writer:
         )
         return Written(text, reply, out.shape[1] - ids.shape[1], seconds)
 
-    def _prepared(self, ids: Tensor) -> Any:
-        """A state that has read so much of ids that a piece or less is left."""
-        read = ids[0, :0] if self._state is None or self._read is None else self._read
-        known = len(read)
-        if not 0 < known < ids.shape[1] or not torch.equal(ids[0, :known], read):
-            known, self._state = 0, self.model.new_state()
-        state = self._state
+    def _prepared(self, ids: Tensor, state: Any) -> Any:
+        """A state that has read so much of ids that a piece or less is left: this one if it can be, else a new one."""
+        read = None if state is None else self._read
+        known = 0 if read is None else len(read)
+        if read is None or not 0 < known < ids.shape[1] or not torch.equal(ids[0, :known], read):
+            known, state = 0, self.model.new_state()
         if ids.shape[1] - known <= PREFILL:
             return state
         pieces = ids[:, known:-1].split(PREFILL, dim=1)

@@ -108,6 +108,31 @@ def test_an_interrupt_forgets_the_state(model, tokenizer, monkeypatch):
     assert writer.write(ids) is not before and writer.write(ids).text == before.text
 
 
+def test_an_interrupt_while_a_prompt_is_read_forgets_the_state(model, tokenizer):
+    class Stop:
+        def __enter__(self):
+            raise KeyboardInterrupt
+
+        def __exit__(self, *error):
+            pass
+
+    class StopAfterAPiece(Stop):
+        def __enter__(self):
+            return lambda done, total, text: 1 / 0
+
+    writer = Writer(model, tokenizer, GREEDY)
+    text = torch.randint(1, 4000, (1, PREFILL + 100), generator=torch.Generator().manual_seed(0))
+    begin, other = text[:, :20], text[:, 20:30]
+    for bar, error in ((Stop, KeyboardInterrupt), (StopAfterAPiece, ZeroDivisionError)):
+        written = fresh(model, begin)
+        writer.write(begin)
+        writer.bar = bar
+        with pytest.raises(error):
+            writer.write(torch.cat([written, text], 1))
+        ids = torch.cat([written, other], 1)
+        assert writer.write(ids).text == tokenizer.decode(fresh(model, ids)[0], skip_special_tokens=True)
+
+
 def test_a_chat_hands_the_template_every_turn(model, tokenizer, fed):
     chat = Chat(Writer(model, tokenizer, GREEDY), system="Be brief.")
     text = "<system> Be brief.\n"
