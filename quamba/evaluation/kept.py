@@ -53,8 +53,15 @@ class Answers:
             self._file.flush()
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        """Nothing more comes. A folder in which nothing was kept goes."""
+        if self._file is None or self.folder is None:
+            return
+        self._file.close()
+        file = Path(self._file.name)
+        with contextlib.suppress(OSError):
+            if file.stat().st_size == 0:
+                file.unlink()
+                self.folder.rmdir()
 
     def discard(self) -> None:
         """All is done: nothing is left on disk."""

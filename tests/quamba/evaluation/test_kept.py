@@ -43,6 +43,20 @@ def test_every_process_writes_its_own_file_and_reads_all(tmp_path):
     assert (whole.get("of 0"), whole.get("of 1")) == (0, 1)
 
 
+def test_nothing_kept_leaves_no_folder(tmp_path):
+    parts = [Answers(tmp_path / "run", rank) for rank in (0, 1)]
+    parts[0].close()
+    assert (tmp_path / "run").is_dir()
+    parts[1].close()
+    assert not (tmp_path / "run").exists()
+    again = Answers(tmp_path / "run")
+    again.put("a", 1)
+    again.close()
+    for part in (Answers(tmp_path / "run", 1), Answers(tmp_path / "run")):
+        part.close()
+    assert Answers(tmp_path / "run").get("a") == 1
+
+
 def test_without_a_folder_nothing_is_kept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     nowhere = Answers()
