@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from quamba.errors import DataError
@@ -15,16 +16,17 @@ _DIVERGENCE = {
 
 
 def for_card(results: dict[str, Any], name: str) -> tuple[str, list[dict[str, Any]]]:
-    """Table and index of the model called `name`, or of the only one that isn't the reference, beside the reference.
+    """Table and index of the model called `name`, or evaluated in a folder of that name, beside the reference.
 
     Raises DataError for other JSON, and for the measurements of other models.
     """
     try:
         models, reference = {model["name"]: model for model in results["models"]}, results.get("reference")
         others = [model for model in models if model != reference]
-        chosen = name if name in others else others[0] if len(others) == 1 else None
-        if chosen is None:
-            raise DataError(f"these results are of {', '.join(others) or 'nothing'}, not of {name}")
+        named = [model for model in others if model == name] or [m for m in others if Path(m).name == name]
+        if len(named) != 1:
+            raise DataError(f"these results are of {', '.join(others) or 'nothing'}, not of {name}: measure that")
+        chosen = named[0]
         beside = [models[reference]] if reference is not None else []
         return _table(models[chosen], beside), _index(models[chosen])
     except (KeyError, IndexError, TypeError, AttributeError) as error:

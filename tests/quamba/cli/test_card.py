@@ -44,7 +44,7 @@ def call(*arguments):
 
 @pytest.fixture
 def copy(tiny_artifact, tmp_path):
-    return shutil.copytree(tiny_artifact, tmp_path / "copy")
+    return shutil.copytree(tiny_artifact, tmp_path / "tiny-w8a8")
 
 
 def test_measurements_go_in_and_are_replaced(copy, tmp_path):
@@ -76,19 +76,29 @@ def test_what_eval_writes_is_what_card_reads(copy, tmp_path, monkeypatch, tiny_f
     done = call("card", copy, "--results", "results.json")
     assert done.exit_code == 0, done.output
     text = (copy / "README.md").read_text()
-    assert "|  | copy | float |" in text and "| words.txt: perplexity | " in text and "same top token as float" in text
+    assert (
+        "|  | tiny-w8a8 | float |" in text
+        and "| words.txt: perplexity | " in text
+        and "same top token as float" in text
+    )
 
 
-def test_of_several_models_the_one_with_the_folders_name(copy, tmp_path):
-    models = [measured("other", 99.0, 0.5, KL), measured("copy", 31.0, 0.25, KL), measured("tiny", 31.33, 0.125)]
+def test_measurements_are_those_of_the_folders_name(copy, tmp_path):
+    models = [
+        measured("other", 99.0, 0.5, KL),
+        measured("out/tiny-w8a8", 31.0, 0.25, KL),
+        measured("tiny", 31.33, 0.125),
+    ]
     (tmp_path / "results.json").write_text(json.dumps({"models": models, "reference": "tiny"}))
     assert call("card", copy, "--results", tmp_path / "results.json").exit_code == 0
     card = ModelCard.load(copy / "README.md")
     assert {r.metric_value for r in card.data.eval_results} == {31.0, 0.25}
-    assert "|  | copy | tiny |" in card.text and "99.0" not in card.text
+    assert "|  | out/tiny-w8a8 | tiny |" in card.text and "99.0" not in card.text
     copy.rename(tmp_path / "third")
-    done = call("card", tmp_path / "third", "--results", tmp_path / "results.json")
-    assert done.exit_code == 1 and "are of other, copy, not of third" in done.output
+    for several, said in ((models, "other, out/tiny-w8a8"), (models[1:], "out/tiny-w8a8"), (models[2:], "nothing")):
+        (tmp_path / "results.json").write_text(json.dumps({"models": several, "reference": "tiny"}))
+        done = call("card", tmp_path / "third", "--results", tmp_path / "results.json")
+        assert done.exit_code == 1 and f"are of {said}, not of third" in done.output
 
 
 @pytest.mark.parametrize("data", ["{}", "[]", '{"models": []}', '{"models": [{"name": "x"}]}', "{"])
