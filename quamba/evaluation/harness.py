@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ def run_harness(
             quiet(),
             offline_if_unreachable(data is None),
             _data_errors(tasks, offline=data is None),
-            datasets_cache(here / "cache", data is not None),
+            datasets_cache(here / "cache") if data is not None else nullcontext(),
         ):
             # Only our files: an index of lm-eval's own, fourteen thousand, takes twenty seconds.
             manager = Manager(include_path=scratch, include_defaults=False)

@@ -41,6 +41,9 @@ def quiet() -> Iterator[None]:
             logger.setLevel(logging.ERROR)
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
+        if not datasets.utils.are_progress_bars_disabled():
+            datasets.disable_progress_bars()
+            stack.callback(datasets.enable_progress_bars)
         stack.enter_context(replaced(lm_eval.api.task, "tqdm", partial(tqdm, disable=True)))
         stack.enter_context(replaced(lm_eval.evaluator, "add_env_info", lambda results: None))
         stack.enter_context(replaced(lm_eval.evaluator, "get_git_commit_hash", lambda: None))
@@ -66,14 +69,7 @@ def _reachable() -> bool:
 
 
 @contextlib.contextmanager
-def datasets_cache(folder: Path, local: bool) -> Iterator[None]:
+def datasets_cache(folder: Path) -> Iterator[None]:
     """A local file's rows are cached in `folder`, not in the user's home."""
-    if not local:
+    with replaced(datasets.config, "HF_DATASETS_CACHE", folder):
         yield
-        return
-    datasets.disable_progress_bars()
-    try:
-        with replaced(datasets.config, "HF_DATASETS_CACHE", folder):
-            yield
-    finally:
-        datasets.enable_progress_bars()

@@ -12,6 +12,7 @@ from quamba.errors import DataError, QuambaError
 from quamba.evaluation import run_tasks
 from quamba.evaluation.catalogue import catalogue, task_config, template_columns
 from quamba.formats import load_tokenizer
+from tests.quamba.evaluation.local_tasks import write_tasks
 
 TEXTS = [json.loads(line)["text"] for line in bundled.sample("lambada_openai").read_text("utf-8").splitlines()]
 ROWS = 6
@@ -119,6 +120,14 @@ def test_it_is_silent_counts_and_leaves_no_cache(tokenizer, tmp_path, monkeypatc
     assert capfd.readouterr() == ("", "")
     assert not (tmp_path / "home").exists()
     assert result.data == "bundled sample, 500 of 5,153 rows"
+
+
+def test_it_is_silent_where_lm_eval_reads_the_data(tokenizer, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "home")
+    tasks = write_tasks(tmp_path / "tasks", rows=2)
+    run_tasks(Scripted(tokenizer, []), tokenizer, ["tiny_loglikelihood"], include=tasks)
+    assert capfd.readouterr() == ("", "") and (tmp_path / "home").exists()
+    assert not datasets.utils.are_progress_bars_disabled()
 
 
 def test_rows_go_to_the_split_the_task_evaluates(tokenizer, tmp_path):
