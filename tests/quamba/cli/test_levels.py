@@ -170,7 +170,7 @@ def test_the_documentation_names_every_command_option_and_code():
     page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     context = click.Context(main)
     for name in COMMANDS:
-        assert f"## quamba {name}" in page
+        assert f"## quamba {name}\n" in page and f"| [`{name}`](#quamba-{name}) |" in page
         command = main.get_command(context, name)
         for option in (o for o in command.params if isinstance(o, click.Option)):
             for flag in option.opts + option.secondary_opts:
