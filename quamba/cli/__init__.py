@@ -92,7 +92,7 @@ def main(ctx: click.Context, quiet: bool, verbose: int) -> None:
 
     Exit codes: 0 done, 1 something given can't be used, 2 mistyped, 130 interrupted; doctor has its own.
     """
-    from quamba.cli.common import QUIET, logging_at
+    from quamba.cli.common import QUIET, libraries_at, logging_at
 
     if quiet and verbose:
         raise click.UsageError("-q and -v contradict each other")
@@ -100,6 +100,7 @@ def main(ctx: click.Context, quiet: bool, verbose: int) -> None:
     if os.environ.get("NO_COLOR"):
         ctx.color = False
     ctx.with_resource(logging_at(ctx.obj))
+    ctx.with_resource(libraries_at(ctx.obj))
 
 
 if __name__ == "__main__":

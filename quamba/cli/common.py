@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,24 @@ def logging_at(level: int) -> Iterator[None]:
         logger.removeHandler(handler)
         logger.setLevel(before)
         logger.propagate = propagate
+
+
+@contextlib.contextmanager
+def libraries_at(level: int) -> Iterator[None]:
+    """huggingface_hub's and transformers' bars only on a terminal, and with -q no warnings of transformers'. They look at
+    the environment when they are imported, which is later."""
+    wanted = {}
+    if level <= QUIET or not sys.stderr.isatty():
+        wanted["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    if level <= QUIET:
+        wanted["TRANSFORMERS_VERBOSITY"] = "error"
+    new = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(new)
+    try:
+        yield
+    finally:
+        for name in new:
+            os.environ.pop(name, None)
 
 
 def model_argument(command: Callable) -> Callable:
