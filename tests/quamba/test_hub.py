@@ -6,19 +6,16 @@ In processes of their own, because huggingface_hub reads its endpoint when it is
 from __future__ import annotations
 
 import json
-import os
 import re
 import socket
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 
 from tests.conftest import copy_tokenizer, write_checkpoint
-from tests.stub_hub import stub_hub
+from tests.stub_hub import hub_environment, stub_hub
 
-ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["--samples", "2", "--seq-len", "16"]
 
 
@@ -41,10 +38,7 @@ def quamba(tmp_path, forks):
     work.mkdir()
 
     def call(endpoint: str, *arguments: str, **more: str) -> subprocess.CompletedProcess:
-        environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-        environment |= {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
-        environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "NO_PROXY": "127.0.0.1"}
-        return forks.run("-m", "quamba", *arguments, cwd=work, env=environment | more)
+        return forks.run("-m", "quamba", *arguments, cwd=work, env=hub_environment(endpoint, tmp_path / "home") | more)
 
     call.work = work
     return call
