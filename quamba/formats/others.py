@@ -8,6 +8,7 @@ from quamba.errors import CheckpointError
 from quamba.formats.checkpoint import layout_of
 from quamba.formats.load import as_device, as_dtype, load_model
 from quamba.formats.location import locate
+from quamba.formats.repairs import some
 
 
 def load_any(model: str, *, dtype: Any = "auto", device: Any = None, transformers: bool = False) -> Any:
@@ -19,8 +20,12 @@ def load_any(model: str, *, dtype: Any = "auto", device: Any = None, transformer
 
     location, wanted, place = locate(model), as_dtype(dtype), as_device(device, None)
     try:
-        found = AutoModelForCausalLM.from_pretrained(location.path, dtype=wanted or "auto")
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+        found, facts = AutoModelForCausalLM.from_pretrained(
+            location.path, dtype=wanted or "auto", output_loading_info=True
+        )
+    except Exception as error:  # whatever its readers raise for a damaged file
         raise CheckpointError(f"transformers can't load {model}: {(str(error).splitlines() or [''])[0]}") from error
+    if missing := sorted(facts["missing_keys"]):
+        raise CheckpointError(f"{model} has no {some(missing)}: transformers would start that at random")
     found.eval()
     return found if place is None else found.to(place)

@@ -74,6 +74,30 @@ def test_a_model_that_only_transformers_opens(tmp_path):
     assert found["passed"] and found["class"] == "transformers.LlamaForCausalLM"
 
 
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [("model.safetensors", b"\0" * 7), ("model.safetensors", b"\xff" * 99), ("pytorch_model.bin", b"garbage" * 9)],
+    ids=["short", "long", "pickle"],
+)
+def test_damaged_weights_of_a_model_that_only_transformers_opens(tmp_path, name, data):
+    transformers.LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2).save_pretrained(tmp_path)
+    (tmp_path / name).write_bytes(data)
+    result = call("--shapes", tmp_path)
+    assert result.exit_code == 1 and f"Error: transformers can't load {tmp_path}: " in result.stderr
+
+
+def test_weights_that_are_missing_are_not_started_at_random(tmp_path):
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = transformers.LlamaForCausalLM(config)
+    tensors = model.state_dict()
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    model.save_pretrained(tmp_path, state_dict=tensors)
+    result = call("--shapes", tmp_path)
+    assert result.exit_code == 1 and "has no model.layers.1.mlp.up_proj.weight" in result.stderr
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("own", [True, False])
 def test_a_dtype_is_the_one_that_was_asked_for(tmp_path, dtype, own):
