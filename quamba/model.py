@@ -22,7 +22,7 @@ from quamba.layers import Embedding, GatedMLP, Hadamard, Linear, RMSNorm, Sites
 from quamba.mixers import MIXERS
 from quamba.plan import BlockPlan, Plan
 from quamba.schema import read_dataclass
-from quamba.state import LayerState, QuambaState, StateSpec
+from quamba.state import LayerState, QuambaState, StateSpec, token_mask
 
 if TYPE_CHECKING:
     from quamba.formats.location import Location
@@ -230,11 +230,14 @@ class QuambaLMHeadModel(PreTrainedModel, GenerationMixin):
         a state, to check the other by: tokens and scores are the same. "auto": recurrent, unless the generation config has
         `use_cache=False`. num_beams may be None or 0: no beams. Padding belongs on the left.
 
-        Raises ValueError if arguments contradict each other or the attention mask isn't padded on the left, QuambaError if
-        the first logits are NaN or infinite.
+        Raises ValueError if arguments contradict each other, for a prompt without a token or an attention mask that isn't
+        padded on the left, QuambaError if the first logits are NaN or infinite.
         """
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}; choose {', '.join(MODES)}")
+        given = kwargs.get("input_ids") if inputs is None else inputs
+        if given is not None and given.shape[-1] == 0:
+            raise ValueError(f"the prompt has shape {list(given.shape)}, no token to go on from: give one or more")
         if mode == "parallel" and kwargs.get("inputs_embeds") is not None:
             raise ValueError(
                 "mode='parallel' needs input_ids: from inputs_embeds transformers generates with a state only"
@@ -369,35 +372,6 @@ class QuambaLMHeadModel(PreTrainedModel, GenerationMixin):
             hidden.append(x)
         x = self.backbone.rotation.turn_back(x[:, keep])
         return self.lm_head(self.backbone.norm_f(x, self.backbone.scales("head_in")))
-
-
-def token_mask(attention_mask: Tensor | None, length: int, state: QuambaState | None) -> Tensor | None:
-    """The last `length` columns of a mask as bool `[B, L]`; None if all tokens are real. ValueError if they can't be so.
-
-    Zeros in front of a row's first real token leave the state as it was. A zero after one would have to be skipped by
-    the recurrence, which only a row without a state survives (nothing reads what comes after the last real token).
-    """
-    if attention_mask is None:
-        return None
-    if attention_mask.ndim != 2 or attention_mask.shape[1] < length:
-        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; need [batch, {length} or more]")
-    mask = attention_mask[:, -length:].bool()
-    if bool(mask.all()):
-        return None
-    starts = mask[:, 1:] & ~mask[:, :-1]
-    runs = starts.sum(dim=1) + mask[:, 0]
-    if state is None:
-        if bool((runs > 1).any()):
-            raise ValueError("attention_mask has zeros between real tokens: a recurrent model can't skip them")
-        return mask
-    assert state.seen is not None
-    stops = (mask[:, :-1] & ~mask[:, 1:]).any(dim=1) | ((state.seen > 0) & ~mask.all(dim=1))
-    if bool(stops.any()):
-        raise ValueError(
-            "attention_mask has zeros after a real token, and the state would take them in: "
-            "pad on the left (tokenizer.padding_side = 'left')"
-        )
-    return mask
 
 
 from quamba.auto import register  # noqa: E402

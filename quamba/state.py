@@ -183,3 +183,32 @@ class Snapshot:
     columns: int
     seen: Tensor | None
     tensors: list[tuple[Tensor, Tensor]]
+
+
+def token_mask(attention_mask: Tensor | None, length: int, state: QuambaState | None) -> Tensor | None:
+    """The last `length` columns of a mask as bool `[B, L]`; None if all tokens are real. ValueError if they can't be so.
+
+    Zeros in front of a row's first real token leave the state as it was. A zero after one would have to be skipped by
+    the recurrence, which only a row without a state survives (nothing reads what comes after the last real token).
+    """
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim != 2 or attention_mask.shape[1] < length:
+        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; need [batch, {length} or more]")
+    mask = attention_mask[:, -length:].bool()
+    if bool(mask.all()):
+        return None
+    starts = mask[:, 1:] & ~mask[:, :-1]
+    runs = starts.sum(dim=1) + mask[:, 0]
+    if state is None:
+        if bool((runs > 1).any()):
+            raise ValueError("attention_mask has zeros between real tokens: a recurrent model can't skip them")
+        return mask
+    assert state.seen is not None
+    stops = (mask[:, :-1] & ~mask[:, 1:]).any(dim=1) | ((state.seen > 0) & ~mask.all(dim=1))
+    if bool(stops.any()):
+        raise ValueError(
+            "attention_mask has zeros after a real token, and the state would take them in: "
+            "pad on the left (tokenizer.padding_side = 'left')"
+        )
+    return mask

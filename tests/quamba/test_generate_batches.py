@@ -104,3 +104,9 @@ def test_a_mask_that_transformers_guesses_is_refused_where_it_is_wrong(model):
         1,
         5,
     )
+
+
+@pytest.mark.parametrize("name", ["inputs", "input_ids"])
+def test_a_prompt_without_a_token_is_refused(model, name):
+    with pytest.raises(ValueError, match=r"the prompt has shape \[2, 0\], no token"):
+        model.generate(**{name: torch.zeros(2, 0, dtype=torch.int64)}, max_new_tokens=1)
