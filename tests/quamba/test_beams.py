@@ -117,9 +117,9 @@ def test_beams_do_change_places(model, monkeypatch):
 
 
 STORED = {
-    "mamba1-float-first": [23, 11, 11, 7, 12, 7, 12, 7, 12, 7],
-    "mamba1-w8a8-first": [23, 11, 11, 7, 21, 15, 11, 8, 0, 7],
-    "mamba2-w4a8": [7, 7, 7, 7, 7, 7, 7, 7, 7, 7],
+    "mamba1-float-first": [23, 19, 8, 5, 17, 16, 7, 9, 2, 12],
+    "mamba1-w8a8-first": [23, 19, 9, 0, 7, 8, 12, 22, 10, 16],
+    "mamba2-w4a8": [12, 19, 22, 16, 7, 8, 5, 10, 9, 2],
 }
 
 
@@ -129,5 +129,5 @@ def test_stored_artifacts_write_what_they_wrote(name, mode):
     model = QuambaLMHeadModel.from_pretrained(FOLDER / name)
     model.generation_config = free_running()
     ids = random_ids(model.config.vocab_size, 6)
-    out = model.generate(ids, num_beams=4, max_new_tokens=10, do_sample=False, mode=mode)
+    out = model.generate(ids, num_beams=4, max_new_tokens=10, no_repeat_ngram_size=1, do_sample=False, mode=mode)
     assert out[0, 6:].tolist() == STORED[name]

@@ -9,6 +9,7 @@ from quamba import QuambaLMHeadModel
 from quamba.errors import DataError
 from quamba.formats import load_tokenizer
 from quamba.writing import PREFILL, Chat, Writer, sampling
+from tests.quamba.generating import tiny
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] + '\n' }}{% endfor %}"
@@ -19,7 +20,7 @@ GREEDY = {"max_new_tokens": 9, "do_sample": False}
 
 @pytest.fixture(scope="module")
 def model():
-    return QuambaLMHeadModel.from_pretrained("mamba2-nano", dtype="float32")
+    return tiny(4096, mixer="mamba2")
 
 
 @pytest.fixture
