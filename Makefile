@@ -21,7 +21,7 @@ demo: $(INSTALLED) ## quantize, evaluate and run the bundled models
 	$(BIN)/python -m quamba.demo
 
 test: $(INSTALLED) ## the fast tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(INSTALLED) ## the slow tests
 	$(BIN)/python -m pytest -m "slow and not gpu"

@@ -16,10 +16,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.background import background, pytest_collection_finish, pytest_sessionfinish  # noqa: F401
 from tests.forks import forks  # noqa: F401
 
 torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(items):
+    """Minutes in one test come first, so that at the end no process waits for another's."""
+    items.sort(key=lambda item: item.path.parent.name != "triton")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """Evaluations keep their answers away from the user's, and from those of tests beside these."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
 
 MAMBA_SSM_DEFAULTS = {"d_state": 16, "expand": 2, "d_conv": 4, "dt_rank": "auto", "conv_bias": True, "bias": False}
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from quamba_kernels import triton
+from tests.triton.processes import python
 
 pytestmark = pytest.mark.skipif(not triton.available(), reason=triton.why_not())
 
@@ -25,13 +26,14 @@ def script() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def tiny(background) -> tuple[list[dict], str]:
+def tiny(tmp_path_factory) -> tuple[list[dict], str]:
     """Rows and page of a run on tiny shapes."""
-    run = background("test_every_format_and_state_has_its_rows")
-    status, _, err = run.wait()
-    assert status == 0, err[-4000:]
-    assert "MISSING" not in err, err[-4000:]
-    return json.loads(run.read("rows")), run.read("page")
+    folder = tmp_path_factory.mktemp("gpu")
+    run = ["benchmarks/gpu.py", "--device", "cpu", "--models", "tiny"]
+    files = ["--json", str(folder / "rows"), "--markdown", str(folder / "page")]
+    done = python(*run, *files, folder=folder, interpreted=True)
+    assert "MISSING" not in done.stderr, done.stderr[-4000:]
+    return json.loads((folder / "rows").read_text()), (folder / "page").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

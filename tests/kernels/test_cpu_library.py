@@ -57,9 +57,11 @@ def test_two_openmp_runtimes(fresh):
 
 
 @pytest.mark.skipif(library._find() is None, reason="no C++ kernels: compiled library not found")
-def test_one_openmp_runtime(fresh):
-    assert cpu.available() and len(library.openmp_runtimes()) == 1
-    assert library.threads() == torch.get_num_threads()
+def test_one_openmp_runtime(forks):
+    """torch's. In a process of its own, because other libraries may have brought theirs here."""
+    script = "import torch; from quamba_kernels.cpu import available, library; assert available()"
+    script += "; print(len(library.openmp_runtimes()), library.threads() - torch.get_num_threads())"
+    assert forks.run("-c", script).stdout == "1 0\n"
 
 
 @pytest.mark.skipif(library._find() is None, reason="no C++ kernels: compiled library not found")
