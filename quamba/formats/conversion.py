@@ -11,7 +11,7 @@ import torch
 from quamba.formats.artifact import ArtifactWriter, expected_tensors, write_atomically
 from quamba.formats.card import converted_card, copy_licence
 from quamba.formats.checkpoint import Checkpoint, open_checkpoint
-from quamba.formats.load import cast, read_generation_config, shard_of
+from quamba.formats.load import cast, read_generation_config, shard_of, write_generation_config
 from quamba.formats.run import RunFolder
 from quamba.formats.tokenizer import copy_tokenizer, load_tokenizer
 
@@ -67,7 +67,7 @@ def copy_generation_config(checkpoint: Checkpoint, folder: Path) -> None:
     """The source's generation_config.json, if it has one."""
     if checkpoint.live is not None:
         if getattr(checkpoint.live, "generation_config", None) is not None:
-            checkpoint.live.generation_config.save_pretrained(folder)
+            write_generation_config(checkpoint.live.generation_config, folder)
         return
     source = checkpoint.folder / "generation_config.json"
     if source.is_file():

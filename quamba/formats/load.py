@@ -164,6 +164,11 @@ def read_generation_config(folder: Path) -> Any:
         raise CheckpointError(f"can't read {folder / 'generation_config.json'}: {error}") from error
 
 
+def write_generation_config(config: Any, folder: Path) -> None:
+    """As transformers writes it, without the checks that some of its versions make: what a model came with is passed on."""
+    config.to_json_file(folder / "generation_config.json", use_diff=True, keys_to_pop=["compile_config"])
+
+
 def as_dtype(dtype: Any) -> torch.dtype | None:
     if dtype is None or dtype == "auto":
         return None

@@ -13,7 +13,7 @@ from torch import Tensor
 from quamba.errors import DataError, QuambaError
 from quamba.formats.artifact import INDEX, ArtifactWriter
 from quamba.formats.card import LICENCE_FILES, Card, copy_files, saved_card
-from quamba.formats.load import shard_of
+from quamba.formats.load import shard_of, write_generation_config
 from quamba.formats.location import TOKENIZER_FILES
 from quamba.formats.tokenizer import copy_tokenizer, load_tokenizer
 
@@ -74,7 +74,7 @@ def save_model(
     if model.origin is not None:
         copy_files(model.origin.path, folder, LICENCE_FILES)
     if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
+        write_generation_config(model.generation_config, folder)
     card.write(folder)
     writer.finish()
     if push_to_hub:

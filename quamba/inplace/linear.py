@@ -25,7 +25,7 @@ class InPlaceLinear(Linear):
     ):
         super().__init__(inputs, outputs, bias, spec)
         self.site = site
-        if loads_float and spec.bits == 4:
+        if loads_float:  # earlier transformers (5.17) cast what they read to this parameter's type, then round it
             self.register_parameter("weight", nn.Parameter(torch.empty(outputs, inputs), requires_grad=False))
 
     @property
