@@ -129,8 +129,11 @@ def scans() -> Iterator[tuple[str, Callable[[], Any]]]:
         held = mask | state(dtype, batch, 80, 64, 128)
         scales = {"x_scale": s, "B_scale": one, "C_scale": one}
         yield "ssd_scan", partial(triton.ssd_scan, x, dt, h, bc, bc, h, h, **held, **scales)
-    for length, states in ((12, 256), (1000, 256), (1000, 128), (1000, 16)):
-        x, dt, bc = floats(1, length, 80, 64), floats(1, length, 80), floats(1, length, 8, states)
+    wide = [(12, 256, torch.float32), (1000, 16, torch.float32)]
+    wide += [(1000, states, dtype) for states in (128, 256) for dtype in (torch.float32, torch.bfloat16)]
+    for length, states, dtype in wide:
+        x, bc = blank(1, length, 80, 64, dtype=dtype), blank(1, length, 8, states, dtype=dtype)
+        dt = floats(1, length, 80)
         yield "ssd_scan", partial(triton.ssd_scan, x, dt, h, bc, bc, floats(80, 64), h)
 
 
@@ -271,9 +274,8 @@ def resources(compiled: Any, target: str) -> dict[str, int]:
         file.write(compiled.asm["cubin"])
         file.flush()
         text = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return {
-        name: int(re.search(rf"{key}:(\d+)", text)[1]) for name, key in (("registers", "REG"), ("spilled", "LOCAL"))
-    }
+    registers, stack, local = (max(map(int, re.findall(rf"{key}:(\d+)", text))) for key in ("REG", "STACK", "LOCAL"))
+    return {"registers": registers, "spilled": stack + local}
 
 
 def unfinished(text: str) -> int:

@@ -41,7 +41,10 @@ from quamba_kernels.triton.steps import ssd_step
 
 MAX_STATE = 256
 FEW_TOKENS = 8  # from here on they are worth products
-TILE = 8192  # state entries of a program, and entries of B in a tile of tokens
+MOST_MULTIPLIED = 128  # states: the registers hold no products with more
+TILE = (
+    2048  # entries of B in a tile of tokens, and half of the state entries of its program; above that registers spill
+)
 SMALL_TILE = 2048  # state entries of a program that multiplies no matrices
 SHORTEST = 128  # tokens of a stretch
 
@@ -270,11 +273,11 @@ def ssd_scan(
         write_back(scale, state_scale)
         return y
     N = power_of_two(states)
-    if length <= FEW_TOKENS:
+    if length <= FEW_TOKENS or N > MOST_MULTIPLIED:
         T, P = 1, min(power_of_two(width), SMALL_TILE // N)
     else:  # matrix products take no axis below 16
         N = max(16, N)
-        T, P = (max(16, min(power_of_two(axis), 64, TILE // N)) for axis in (length, width))
+        T, P = (max(16, min(power_of_two(axis), 32, most // N)) for axis, most in ((length, TILE), (width, 2 * TILE)))
     tiles = cdiv(width, P)
     stretch = cdiv(cdiv(length, stretches(length, batch * heads * tiles, device)), T) * T
     count = cdiv(length, stretch)
@@ -283,7 +286,9 @@ def ssd_scan(
     strides = [s for t in (x, dt, B, C) for s in t.stride()[:2]]
     constants = (x_stride, B_stride, C_stride, D.dim() == 2, product_precision(), T, P, N)
     shape = (length, heads, width, states, stretch, heads // groups, *limits, *strides, *constants)
-    grid, options = (batch * heads, count, tiles), {"num_warps": 4, "num_stages": 1 if N > 128 else 2, **FUSED}
+    on_amd = product_precision() == "ieee"
+    warps, stages = (4, 1) if on_amd or T == 1 else (8, 2)  # that spilled the fewest registers, as compiled
+    grid, options = (batch * heads, count, tiles), {"num_warps": warps, "num_stages": stages, **FUSED}
     if count == 1:
         launch(_ssd, grid, x, *inputs, work, work, scale, None, y, *shape, **options)
     else:
