@@ -6,6 +6,7 @@ import torch
 import quamba
 import quamba_kernels as kernels
 from quamba.decoding import _Step
+from quamba.generation import left_pad
 from tests.quamba.models import random_model
 
 SMALL = {"hidden": 32, "inner": 64, "vocab": 48}
@@ -62,3 +63,15 @@ def test_replayed_tokens_in_few_launches(tmp_path, family, preset, rows):
         assert torch.allclose(a.recurrent, b.recurrent, rtol=1e-3, atol=1e-3)
     _, _, more = recorded(model_of(family, preset, 2, tmp_path), ids[:, :2])
     assert 0 < len(more) - len(names) <= MOST_LAUNCHES, (names, more)
+
+
+def test_generate_writes_what_it_writes_elsewhere(tmp_path):
+    """Beams, of prompts padded on the left."""
+    model = model_of("mamba2", "w8a8", 1, tmp_path)
+    ids, mask = left_pad([[3, 1, 4, 1], [5, 9]])
+    options = {"attention_mask": mask, "num_beams": 2, "max_new_tokens": 3, "do_sample": False}
+    with kernels.backend("reference"):
+        want = model.generate(ids, **options)
+    with kernels.backend("triton"):
+        got = model.generate(ids, **options)
+    assert torch.equal(got, want) and len(set(want[:, 4:].flatten().tolist())) > 1
