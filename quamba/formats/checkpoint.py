@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from quamba.config import QuambaConfig
@@ -32,6 +33,8 @@ _LAYOUTS: dict[str, Any] = {
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.|model\.)+(?=(?:backbone|lm_head|embeddings?|layers|norm_f)\.)")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _BODY = re.compile(r"^(?:embeddings?|layers|norm_f)\.")
+_MISUNDERSTOOD: tuple[type[Exception], ...] = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
+_MISUNDERSTOOD += (MemoryError, RuntimeError, StrictDataclassError)  # the last one from transformers 5.14, say
 _PRECISE = ("A_log", "mixer.D", "dt_bias", "dt_proj.bias")  # held in float32 whatever the model's dtype
 
 
@@ -164,7 +167,7 @@ def _identify(location: Location, data: dict[str, Any], config_file: str, open_f
             view = _our_names(layout, data, files, repairs)
             shapes = {ours: entry.shape for ours, entry in view.entries.items()}
             config, files = layout.read_config(data, shapes, repairs), view
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, MemoryError, RuntimeError) as error:
+    except _MISUNDERSTOOD as error:
         raise CheckpointError(f"{config_file} can't be understood: {type(error).__name__}: {error}") from error
     except QuambaError as error:
         raise CheckpointError(f"{config_file}: {error}") from error
