@@ -107,7 +107,7 @@ def run_harness(
     results = []
     for task in tasks:
         aggregations = manager.loaded["tasks"][task].aggregation()
-        results.append(_result(task, _label(task, label, found), found, aggregations))
+        results.append(_result(task, _label(task, label), found, aggregations))
     return results, found
 
 
@@ -122,10 +122,10 @@ def check_tasks(tasks: Iterable[str], known: Catalogue) -> None:
             raise DataError(f"lm-eval has no task {task!r}{hint}")
 
 
-def _label(task: str, label: str, found: dict[str, Any]) -> str:
+def _label(task: str, label: str) -> str:
     if label != BUNDLED or task not in WHOLE:
         return label
-    return f"{label}, {found['n-samples'][task]['original']} of {WHOLE[task]:,} rows"
+    return f"{label} of {WHOLE[task]:,} rows"
 
 
 def _result(task: str, label: str, found: dict[str, Any], aggregations: dict[str, Callable]) -> TaskResult:

@@ -119,7 +119,7 @@ def test_it_is_silent_counts_and_leaves_no_cache(tokenizer, tmp_path, monkeypatc
     assert calls == [(i + 1, ROWS) for i in range(ROWS)]
     assert capfd.readouterr() == ("", "")
     assert not (tmp_path / "home").exists()
-    assert result.data == "bundled sample, 500 of 5,153 rows"
+    assert result.data == "bundled sample of 5,153 rows"
 
 
 def test_it_is_silent_where_lm_eval_reads_the_data(tokenizer, tmp_path, monkeypatch, capfd):
