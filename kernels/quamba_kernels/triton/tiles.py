@@ -38,9 +38,9 @@ FEW = [Tile(16, 64, 128, 4, 3), Tile(16, 32, 256, 4, 4), Tile(16, 64, 256, 4, 4)
 FEW_PACKED = [Tile(16, 64, 64, 4, 3), Tile(16, 32, 128, 4, 4), Tile(16, 64, 128, 4, 4)]
 SOME = [Tile(64, 64, 64, 4, 3), Tile(64, 64, 128, 4, 4), Tile(64, 128, 64, 4, 4), Tile(32, 64, 128, 4, 4)]
 MANY = [Tile(128, 256, 128, 8, 3), Tile(128, 128, 128, 8, 4), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)]
-MANY_PACKED = [Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 2)]
+MANY_PACKED = [Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 8, 3), Tile(64, 64, 64, 4, 2)]
 MANY_HALVES = [Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 2)]
-FLOATS = [Tile(64, 64, 32, 4, 2)]
+FLOATS = [Tile(64, 64, 32, 8, 2)]
 
 
 def candidates(rows: int, size: int, packed: bool) -> list[Tile]:
