@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import GenerationConfig
 
+import quamba
 from quamba import QuambaLMHeadModel
 from quamba.config import QuambaConfig
 
@@ -34,6 +35,16 @@ def tiny(vocab, seed=0, mixer="mamba1"):
 
 def random_ids(vocab, length, batch=1, seed=3):
     return torch.randint(1, vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+THREE = ("mamba1", "mamba1 w8a8", "mamba2")
+
+
+def three_models():
+    """One of each of THREE."""
+    model = tiny(50)
+    w8a8 = quamba.quantize(model, "w8a8", calibration=random_ids(50, 32, 16))
+    return dict(zip(THREE, (model, w8a8, tiny(50, seed=7, mixer="mamba2")), strict=True))
 
 
 def run(model, ids, **options):

@@ -7,17 +7,15 @@ import torch
 
 import quamba
 from quamba.errors import QuambaError
-from tests.quamba.generating import free_running, random_ids, run, tiny
+from tests.quamba.generating import THREE, free_running, random_ids, run, three_models, tiny
 
 
 @pytest.fixture(scope="module")
 def models():
-    model = tiny(50)
-    w8a8 = quamba.quantize(model, "w8a8", calibration=random_ids(50, 32, 16))
-    return {"mamba1": model, "mamba1 w8a8": w8a8, "mamba2": tiny(50, seed=7, mixer="mamba2")}
+    return three_models()
 
 
-@pytest.fixture(params=["mamba1", "mamba1 w8a8", "mamba2"])
+@pytest.fixture(params=THREE)
 def model(request, models):
     found = models[request.param]
     found.generation_config = free_running()

@@ -42,9 +42,7 @@ from quamba_kernels.triton.steps import ssd_step
 MAX_STATE = 256
 FEW_TOKENS = 8  # from here on they are worth products
 MOST_MULTIPLIED = 128  # states: the registers hold no products with more
-TILE = (
-    2048  # entries of B in a tile of tokens, and half of the state entries of its program; above that registers spill
-)
+TILE = 2048  # entries of B in a tile of tokens, half of the state entries of its program: more registers would spill
 SMALL_TILE = 2048  # state entries of a program that multiplies no matrices
 SHORTEST = 128  # tokens of a stretch
 
